@@ -1,0 +1,1 @@
+"""The site's side: policy, ledger, data and the three kinds of work."""

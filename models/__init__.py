@@ -1,0 +1,1 @@
+"""Candidates: what they are, how they are loaded, checked and tuned."""

@@ -1,0 +1,1 @@
+"""The pure core: mechanisms, accounting, fixed point, secure sum. No disk, no network, no Flower."""

@@ -1,0 +1,1 @@
+"""What both sides agree on: the plan, the messages, identities and errors."""

@@ -1,0 +1,87 @@
+"""The error tree, drawn once.
+
+    UrnaError                     every error a person may meet; the message says what was expected, found, and to do
+      BadInputError   exit 2      what a person wrote or pointed at is wrong
+        PlanError                 plan.toml
+        SiteConfigError           site.toml, or the records it points to
+        ModelError                a model file that is missing, altered, or of a kind that is never opened
+        RunError                  a run folder that is none, or is in use
+      RefusedError    exit 3      a site's policy said no (the reasons are in the message)
+      RoundError      exit 4      a round could not be completed with the minimum cohort
+      ProtocolError   exit 4      a peer sent what the protocol does not allow
+        SignatureError            not signed by whom it claims
+      LedgerError     exit 4      the ledger is missing, altered or busy: nothing is released
+
+Calling our own code out of order is ``RuntimeError``; a policy's *no* inside the program is a value (``Refusal``).
+What leaves a site is never one of these texts but a `FailureCode`: the text stays in the site's own log.
+"""
+
+from enum import StrEnum
+
+
+class UrnaError(Exception):
+    """Root of the tree; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class BadInputError(UrnaError):
+    """What a person wrote or pointed at is wrong."""
+
+    exit_code = 2
+
+
+class PlanError(BadInputError):
+    """The plan is not one that can be run."""
+
+
+class SiteConfigError(BadInputError):
+    """A site's configuration, or the records it points to, cannot be used."""
+
+
+class ModelError(BadInputError):
+    """A model file is missing, altered, or of a kind that is never opened."""
+
+
+class RunError(BadInputError):
+    """A run folder is none, or another process works in it."""
+
+
+class RefusedError(UrnaError):
+    """A site's policy said no."""
+
+    exit_code = 3
+
+
+class RoundError(UrnaError):
+    """A round could not be completed with the minimum cohort."""
+
+    exit_code = 4
+
+
+class ProtocolError(UrnaError):
+    """A peer sent what the protocol does not allow."""
+
+    exit_code = 4
+
+
+class SignatureError(ProtocolError):
+    """A message was not signed by whom it claims."""
+
+
+class LedgerError(UrnaError):
+    """The ledger is missing, altered or busy; nothing is released."""
+
+    exit_code = 4
+
+
+class FailureCode(StrEnum):
+    """All that a site says about a failure of its own: a closed set, so that no text about records can leave."""
+
+    BAD_REQUEST = "bad_request"  # malformed, unsigned, foreign, or out of order
+    REPLAY_CHANGED = "replay_changed"  # a known request id with other content
+    DATA = "data"  # the records cannot be read as declared
+    MODEL = "model"  # the candidate is missing here, altered, or not sound under DP
+    NUMERIC = "numeric"  # a non-finite or out-of-range value
+    LEDGER = "ledger"  # the ledger cannot record the release
+    INTERNAL = "internal"  # anything else

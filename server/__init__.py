@@ -1,0 +1,1 @@
+"""The operator's side: campaign, rounds, journal, report, metrics, command line."""
