@@ -1,0 +1,46 @@
+"""Flower's ClientApp for simulation and plain Flower: opens the site and calls `Site.handle`; no logic.
+
+Under the embedded engine a process serves several virtual sites, so open sites are kept by folder.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from urna.client.site import Site, open_site
+from urna.protocol.messages import from_record, to_record
+
+SITE_DIR_KEY = "site-dir"  # of the SuperNode's --node-config
+
+
+@cache
+def _site(folder: Path) -> Site:
+    import torch
+
+    torch.set_num_threads(1)  # one virtual site must not take the cores of another
+    return open_site(folder)
+
+
+def client_app(folder_of: Callable[[Context], Path]) -> ClientApp:
+    """A ClientApp whose every route hands the message to the site in ``folder_of(context)``."""
+    app = ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = _site(folder_of(context)).handle(from_record(message.content))
+        return Message(content=to_record(reply), reply_to=message)
+
+    app.query("hello")(answer)
+    app.query("ballot")(answer)
+    app.train()(answer)
+    app.evaluate()(answer)
+    app.query("close")(answer)
+    return app
+
+
+def _from_node_config(context: Context) -> Path:
+    return Path(str(context.node_config[SITE_DIR_KEY]))
+
+
+app = client_app(_from_node_config)

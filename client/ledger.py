@@ -1,0 +1,240 @@
+"""A site's durable record of everything that left it, and of nothing else.
+
+Reserve, do, settle: a release is written, and on disk, before its bytes exist outside this process; the exact bytes are
+kept, so a repeated request gets the same bytes and spends nothing. A crash between the two over-counts or repeats the
+work under the same reservation; it never under-counts.
+
+Covered:
+    * crash at any point; replays; a known request id with other content; a ledger that is missing, cut off, re-ordered or
+      altered in a reservation (each row is chained to the one before by SHA-256);
+    * two processes at once (SQLite's lock; a reservation is one transaction).
+Not covered (yet):
+    * a restored older copy of the whole file (needs the signed head echoed by the operator and a second anchor);
+    * the same records under another ledger (needs the keyed sketch of record ids).
+"""
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from urna.privacy.accounting import epsilon_of, event_from_json
+from urna.protocol.errors import LedgerError, ProtocolError
+from urna.protocol.messages import Partition, SpentRow, Stage
+
+PARTITIONS: tuple[Partition, ...] = ("tuning", "heldout")
+GENESIS = "0" * 64
+BUSY_TIMEOUT_SECONDS = 30
+SCHEMA = """
+CREATE TABLE campaign (
+    campaign TEXT PRIMARY KEY, request_sha256 TEXT NOT NULL, plan_json TEXT NOT NULL, models_json TEXT NOT NULL,
+    round_key BLOB NOT NULL, reply BLOB NOT NULL
+) STRICT;
+CREATE TABLE release (
+    seq INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, request_sha256 TEXT NOT NULL, campaign TEXT NOT NULL,
+    stage TEXT NOT NULL, partition TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL CHECK (count > 0),
+    reserved_at REAL NOT NULL, link TEXT NOT NULL, reply BLOB
+) STRICT;
+"""
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a reservation says: ``count`` events of one kind, on one partition of the records."""
+
+    request_id: str
+    request_sha256: str
+    campaign: str
+    stage: Stage
+    partition: Partition
+    event: str  # JSON, see `accounting`
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        event_from_json(self.event)  # an event that cannot be accounted is refused before it is written
+        if self.count < 1:
+            raise ValueError(f"a release counts at least once, found {self.count}")
+
+
+@dataclass(frozen=True)
+class CampaignRow:
+    """What a site keeps of a campaign that it joined."""
+
+    campaign: str
+    request_sha256: str
+    plan_json: str
+    models: dict[str, str]
+    round_key: bytes  # X25519 private key, 32 bytes
+    reply: bytes
+
+
+class Ledger:
+    """The SQLite file; open it with `create` or `open`."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    @staticmethod
+    def create(path: Path) -> "Ledger":
+        """Make an empty ledger: an explicit act, once for each site.
+
+        Raises:
+            LedgerError: there is one already, or the disk refuses.
+        """
+        if path.exists():
+            raise LedgerError(f"{path} exists: a ledger is made once and kept for ever")
+        path.touch(mode=0o600)
+        with _mapped(path):
+            connection = _connect(path)
+            connection.executescript(SCHEMA)
+        return Ledger(connection)
+
+    @staticmethod
+    def open(path: Path) -> "Ledger":
+        """Open an existing ledger and check its chain.
+
+        Raises:
+            LedgerError: it is missing (which is never read as "nothing spent"), altered, or no ledger.
+        """
+        if not path.is_file():
+            raise LedgerError(f"expected the ledger at {path}, found nothing: restore it; a lost ledger is not a new budget")
+        with _mapped(path):
+            ledger = Ledger(_connect(path))
+            ledger._check_chain()
+        return ledger
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def join(self, row: CampaignRow) -> CampaignRow:
+        """Keep what a campaign needs; joining again gives back what was kept.
+
+        Raises:
+            ProtocolError: the campaign is known with another opening request.
+        """
+        with _mapped(), self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO campaign VALUES (?, ?, ?, ?, ?, ?)",
+                (row.campaign, row.request_sha256, row.plan_json, json.dumps(row.models), row.round_key, row.reply),
+            )
+        kept = self.campaign(row.campaign)
+        if kept is None or kept.request_sha256 != row.request_sha256:
+            raise ProtocolError(f"campaign {row.campaign} is known here with another opening request")
+        return kept
+
+    def campaign(self, campaign: str) -> CampaignRow | None:
+        """What is kept of a campaign, if this site joined it."""
+        with _mapped():
+            row = self._db.execute("SELECT * FROM campaign WHERE campaign = ?", (campaign,)).fetchone()
+        return None if row is None else CampaignRow(row[0], row[1], row[2], json.loads(row[3]), row[4], row[5])
+
+    def find(self, request_id: str, request_sha256: str) -> bytes | Literal["reserved"] | None:
+        """What this ledger holds for a request: the released bytes, a bare reservation, or nothing.
+
+        Raises:
+            ProtocolError: the id is known with other content.
+        """
+        with _mapped():
+            row = self._db.execute("SELECT request_sha256, reply FROM release WHERE request_id = ?", (request_id,)).fetchone()
+        if row is None:
+            return None
+        if row[0] != request_sha256:
+            raise ProtocolError(f"request {request_id} is known here with other content: refused")
+        return "reserved" if row[1] is None else bytes(row[1])
+
+    def reserve(self, release: Release) -> None:
+        """Write the release, durably, before anything is computed for it.
+
+        Raises:
+            LedgerError: the disk refuses, or the request id is taken.
+        """
+        with _mapped(), self._transaction():
+            last = self._db.execute("SELECT link FROM release ORDER BY seq DESC LIMIT 1").fetchone()
+            link = _link(last[0] if last else GENESIS, release)
+            self._db.execute(
+                "INSERT INTO release (request_id, request_sha256, campaign, stage, partition, event, count, reserved_at,"
+                " link) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*_fields(release), time.time(), link),
+            )
+
+    def settle(self, request_id: str, reply: bytes) -> None:
+        """Keep the exact bytes that will leave, durably, before they do.
+
+        Raises:
+            RuntimeError: no open reservation of this id.
+            LedgerError: the disk refuses.
+        """
+        with _mapped(), self._transaction():
+            changed = self._db.execute(
+                "UPDATE release SET reply = ? WHERE request_id = ? AND reply IS NULL", (reply, request_id)
+            ).rowcount
+        if changed != 1:
+            raise RuntimeError(f"settle needs an open reservation, found none for {request_id}")
+
+    def rows(self, campaign: str | None = None) -> tuple[SpentRow, ...]:
+        """Everything released (of one campaign), equal events of a stage merged."""
+        query = "SELECT stage, partition, event, SUM(count) FROM release WHERE ?1 IS NULL OR campaign = ?1"
+        with _mapped():
+            found = self._db.execute(query + " GROUP BY stage, partition, event ORDER BY MIN(seq)", (campaign,)).fetchall()
+        return tuple(SpentRow(stage=row[0], partition=row[1], event=row[2], count=row[3]) for row in found)
+
+    def _check_chain(self) -> None:
+        link = GENESIS
+        query = (
+            "SELECT request_id, request_sha256, campaign, stage, partition, event, count, link, seq FROM release ORDER BY seq"
+        )
+        for position, row in enumerate(self._db.execute(query), start=1):
+            link = _link(link, Release(*row[:7]))
+            if row[7] != link or row[8] != position:
+                raise LedgerError(f"the ledger was altered at row {position}: restore it; it is never repaired")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def epsilon_of_rows(rows: tuple[SpentRow, ...], delta: float) -> float:
+    """Epsilon of ``rows``: the larger of the two partitions, for a record is in one only (parallel composition)."""
+    return max(epsilon_of(expand(rows, partition), delta) for partition in PARTITIONS)
+
+
+def expand(rows: tuple[SpentRow, ...], partition: Partition) -> list[str]:
+    """The events of one partition, each as often as it was released."""
+    return [row.event for row in rows if row.partition == partition for _ in range(row.count)]
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_SECONDS)
+    connection.execute("PRAGMA synchronous=FULL")  # NORMAL lets bytes leave before the spend is on disk
+    connection.execute("PRAGMA journal_mode=DELETE")
+    return connection
+
+
+def _fields(release: Release) -> tuple[str, str, str, str, str, str, int]:
+    r = release
+    return (r.request_id, r.request_sha256, r.campaign, r.stage, r.partition, r.event, r.count)
+
+
+def _link(previous: str, release: Release) -> str:
+    return hashlib.sha256(json.dumps([previous, *_fields(release)]).encode()).hexdigest()
+
+
+@contextmanager
+def _mapped(path: Path | None = None) -> Iterator[None]:
+    """SQLite's errors and unreadable rows as ours."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError) as error:
+        raise LedgerError(f"the ledger{f' {path}' if path else ''} cannot be used: {error}") from None

@@ -1,0 +1,107 @@
+"""What a site allows: its policy is the ceiling, the operator can only go below it.
+
+Covered:
+    * every reason at once, for a plan as a whole and for each single release before it happens;
+    * the budget over all campaigns of this site's ledger, and within one.
+Not covered (yet):
+    * human approval, named peers, several operators with budgets of their own.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+from urna.client.ledger import epsilon_of_rows, expand
+from urna.privacy.accounting import epsilon_of
+from urna.protocol.messages import Partition, SpentRow
+from urna.protocol.plan import Name, Plan, Section
+
+
+class Policy(Section):
+    """``[policy]`` in site.toml."""
+
+    epsilon_total: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]  # for ever, over all campaigns
+    epsilon_per_campaign: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+    min_cohort: Annotated[int, Field(ge=2)] = 3
+    candidates: tuple[Name, ...] | None = None  # None: any that this installation knows
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The policy says yes, within these limits."""
+
+    epsilon: float  # of this campaign: the lower of the plan's and the policy's
+    delta: float
+
+
+@dataclass(frozen=True)
+class Denial:
+    """The policy says no; every reason, for the operator to read."""
+
+    reasons: tuple[str, ...]
+
+
+def admit_plan(policy: Policy, plan: Plan, spent: tuple[SpentRow, ...]) -> Grant | Denial:
+    """Decide about a plan as a whole, given everything this site has ever released."""
+    used = epsilon_of_rows(spent, policy.delta)
+    left = policy.epsilon_total - used
+    asked = plan.privacy.epsilon
+    allowed = None if policy.candidates is None else set(policy.candidates)
+    foreign = [c.name for c in plan.candidates if allowed is not None and c.name not in allowed]
+    checks = [
+        (
+            asked <= left,
+            f"budget: the plan asks epsilon {asked:g}, {max(left, 0):.3g} of {policy.epsilon_total:g} are left",
+        ),
+        (
+            asked <= policy.epsilon_per_campaign,
+            f"budget: the plan asks epsilon {asked:g}, this site allows {policy.epsilon_per_campaign:g} a campaign",
+        ),
+        (
+            plan.privacy.delta <= policy.delta,
+            f"delta: the plan asks {plan.privacy.delta:g}, this site allows at most {policy.delta:g}",
+        ),
+        (
+            plan.federation.min_sites >= policy.min_cohort,
+            f"cohort: the plan opens sums of {plan.federation.min_sites} sites, this site asks for {policy.min_cohort}",
+        ),
+        (not foreign, f"candidates: not allowed at this site: {', '.join(foreign)}"),
+    ]
+    reasons = tuple(reason for fine, reason in checks if not fine)
+    return Denial(reasons) if reasons else Grant(epsilon=asked, delta=plan.privacy.delta)
+
+
+def admit_release(
+    policy: Policy,
+    plan: Plan,
+    partition: Partition,
+    event: str,
+    planned_count: int,
+    spent_here: tuple[SpentRow, ...],
+    spent_ever: tuple[SpentRow, ...],
+) -> Denial | None:
+    """Decide about one more release, looking as far ahead as the stage says it will go.
+
+    Args:
+        policy: this site's policy.
+        plan: the campaign's plan, as admitted.
+        partition: whose records it is about.
+        event: one release, as JSON.
+        planned_count: how many of these events the campaign will ask for in all; at least one more than so far is used.
+        spent_here: what this campaign has released.
+        spent_ever: what this site has ever released, this campaign included.
+    """
+    so_far = sum(row.count for row in spent_here if row.partition == partition and row.event == event)
+    ahead = [event] * max(planned_count, so_far + 1)
+    campaign = [e for e in expand(spent_here, partition) if e != event] + ahead
+    ever = expand(spent_ever, partition) + ahead[so_far:]
+    epsilon_campaign = epsilon_of(campaign, plan.privacy.delta)
+    cap = min(plan.privacy.epsilon, policy.epsilon_per_campaign)
+    epsilon_ever = epsilon_of(ever, policy.delta)
+    reasons = []
+    if epsilon_campaign > cap:
+        reasons.append(f"budget: this stage would bring the campaign to epsilon {epsilon_campaign:.4g} of {cap:g}")
+    if epsilon_ever > policy.epsilon_total:
+        reasons.append(f"budget: this stage would bring the site to epsilon {epsilon_ever:.4g} of {policy.epsilon_total:g}")
+    return Denial(tuple(reasons)) if reasons else None

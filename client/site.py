@@ -1,0 +1,343 @@
+"""The site: `handle(request) -> reply`, whatever carries it: verify, admit, reserve, do, settle.
+
+Covered:
+    * a request is read only if the pinned operator signed it; a reply is signed by this site and names its request;
+    * nothing is computed on records before the release is reserved in the ledger, and nothing leaves before it is settled;
+    * a repeated request gets the same bytes; a known id with other content is refused;
+    * whatever goes wrong, a fixed code leaves; the text stays in this site's log.
+Not covered (yet):
+    * sealing past the relay, human approval, a ledger head echoed by the operator.
+"""
+
+import logging
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import urna
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from pydantic import ValidationError
+from urna.client import ballot, evaluation, training
+from urna.client.data import DataConfig, Records, buckets, load_records, split
+from urna.client.ledger import CampaignRow, Ledger, Release, epsilon_of_rows
+from urna.client.policy import Denial, Policy, admit_plan, admit_release
+from urna.models.catalogue import spec
+from urna.models.loading import artefact_sha256, load_backbone
+from urna.models.preflight import check_head
+from urna.models.tuning import normalise_for_head, trainable_size
+from urna.privacy.accounting import described, epsilon_of
+from urna.privacy.counts import CountLayout
+from urna.privacy.fixed_point import Grid
+from urna.privacy.mechanisms import Integers
+from urna.privacy.release import noisy_sum
+from urna.privacy.secure_sum import Context, SiteRole, check_cohort
+from urna.protocol.errors import (
+    FailureCode,
+    LedgerError,
+    ModelError,
+    PlanError,
+    ProtocolError,
+    SiteConfigError,
+    UrnaError,
+)
+from urna.protocol.identity import OPERATOR, Identity, Roster, create_identity, load_identity, load_roster
+from urna.protocol.messages import (
+    BallotRequest,
+    CloseRequest,
+    Envelope,
+    EvaluateRequest,
+    Failure,
+    HelloReply,
+    HelloRequest,
+    Masked,
+    Member,
+    Refusal,
+    SpentRow,
+    Stage,
+    Statement,
+    Summed,
+    TrainRequest,
+    open_request,
+    seal,
+)
+from urna.protocol.plan import Name, Plan, Section, explain, read_text
+
+CONFIG_FILE, IDENTITY_FILE, DATA_KEY_FILE = "site.toml", "identity.key", "data.key"
+ROSTER_FILE, LEDGER_FILE, LOG_FILE = "roster.json", "ledger.sqlite", "site.log"
+Features = npt.NDArray[np.float32]
+
+
+class SiteConfig(Section):
+    """``site.toml``: what this site is called, where its records are, what it allows."""
+
+    name: Name
+    data: DataConfig
+    policy: Policy
+
+
+@dataclass
+class Site:
+    """A data holder. Open it with `open_site`; it keeps records and features in memory between requests."""
+
+    config: SiteConfig
+    identity: Identity
+    roster: Roster
+    ledger: Ledger
+    data_key: bytes
+    folder: Path
+    log: logging.Logger
+    _records: dict[float, tuple[Records, Records]] = field(default_factory=dict)
+    _features: dict[tuple[str, float], tuple[Features, Features]] = field(default_factory=dict)
+
+    def handle(self, request: Envelope) -> Envelope:
+        """Answer one request; never raises, and answers a fixed code when something is wrong."""
+        try:
+            return self._answer(request)
+        except Exception as error:  # the edge: whatever happened, only a code leaves
+            code = failure_code(error)
+            self.log.exception("request failed with code %s", code)
+            return seal(self.identity, Failure(request_sha256=request.sha256, code=code))
+
+    def _answer(self, envelope: Envelope) -> Envelope:
+        request = open_request(envelope, self.roster, OPERATOR)
+        if isinstance(request, HelloRequest):
+            return self._hello(envelope, request)
+        kept = self.ledger.campaign(request.campaign)
+        if kept is None:
+            raise ProtocolError(f"campaign {request.campaign} was never opened here")
+        plan = Plan.model_validate_json(kept.plan_json)
+        if plan.sha256 != request.plan_sha256:
+            raise ProtocolError(f"campaign {request.campaign} was opened with another plan")
+        if isinstance(request, CloseRequest):
+            return self._statement(envelope, request, plan)
+        return self._release(envelope, request, plan, kept)
+
+    def _hello(self, envelope: Envelope, request: HelloRequest) -> Envelope:
+        known = self.ledger.campaign(request.campaign)
+        if known is not None and known.request_sha256 == envelope.sha256:
+            return Envelope.from_bytes(known.reply)
+        plan = Plan.model_validate_json(request.plan_json)
+        if plan.sha256 != request.plan_sha256:
+            raise ProtocolError("the plan and its hash differ")
+        verdict = admit_plan(self.config.policy, plan, self.ledger.rows())
+        reasons = (*(verdict.reasons if isinstance(verdict, Denial) else ()), *self._unfit(plan, request.models))
+        if reasons:
+            self.log.warning("refused campaign %s: %s", request.campaign, "; ".join(reasons))
+            return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
+        key = X25519PrivateKey.generate()
+        public = key.public_key().public_bytes_raw().hex()
+        member = Member.create(self.identity, request.campaign, public, self.config.data.num_records)
+        hello = HelloReply(request_sha256=envelope.sha256, urna_version=urna.__version__, member=member)
+        reply = seal(self.identity, hello)
+        row = CampaignRow(
+            campaign=request.campaign,
+            request_sha256=envelope.sha256,
+            plan_json=request.plan_json,
+            models=dict(request.models),
+            round_key=key.private_bytes_raw(),
+            reply=reply.to_bytes(),
+        )
+        return Envelope.from_bytes(self.ledger.join(row).reply)
+
+    def _unfit(self, plan: Plan, models: dict[str, str]) -> tuple[str, ...]:
+        """What this installation lacks for the plan, beside its policy."""
+        reasons = []
+        if plan.task.num_classes != self.config.data.num_classes:
+            reasons.append(f"task: this site's records have {self.config.data.num_classes} classes")
+        for entry in plan.candidates:
+            try:
+                if artefact_sha256(entry.name) != models.get(entry.name):
+                    reasons.append(f"model {entry.name}: other weights are installed here than the operator pinned")
+            except ModelError:
+                reasons.append(f"model {entry.name}: not installed at this site")
+        return tuple(reasons)
+
+    def _release(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow) -> Envelope:
+        known = self.ledger.find(request.request_id, envelope.sha256)
+        if isinstance(known, bytes):
+            return Envelope.from_bytes(known)
+        check_cohort(request.cohort, max(plan.federation.min_sites, self.config.policy.min_cohort))
+        for member in request.cohort:
+            member.check(self.roster, request.campaign)
+        partition, event, count = described(request, plan)
+        if known is None:
+            here, ever = self.ledger.rows(request.campaign), self.ledger.rows()
+            planned = request.planned_count * count
+            denial = admit_release(self.config.policy, plan, partition, event, planned, here, ever)
+            if denial is not None:
+                self.log.warning("refused %s: %s", request.request_id, "; ".join(denial.reasons))
+                return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=denial.reasons))
+            release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count)
+            self.ledger.reserve(release)
+        grid = Grid(request.step_exp, len(request.cohort))
+        integers = self._compute(envelope, request, plan, kept, grid)
+        role = SiteRole(self.identity.name, X25519PrivateKey.from_private_bytes(kept.round_key), self._min_cohort(plan))
+        context = Context(request.campaign, request.request_id, request.cohort, envelope.sha256)
+        masked = role.mask(grid.to_ring(integers), context)
+        reply = seal(self.identity, Masked(request_sha256=envelope.sha256), {"masked": masked})
+        self.ledger.settle(request.request_id, reply.to_bytes())
+        return reply
+
+    def _min_cohort(self, plan: Plan) -> int:
+        return max(plan.federation.min_sites, self.config.policy.min_cohort)
+
+    def _compute(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow, grid: Grid) -> Integers:
+        """The site's summand, in grid units, its share of the noise included."""
+        parties = plan.noise_parties(len(request.cohort))
+        nm = request.noise_multiplier
+        match request:
+            case BallotRequest():
+                rows = self._votes(request, plan, kept)
+                return noisy_sum(rows, plan.ballot.clip, nm, grid, num_noise_parties=parties, sensitivity_clips=2)
+            case TrainRequest():
+                return self._train(envelope, request, plan, kept, grid, parties)
+            case EvaluateRequest():
+                layout = CountLayout(len(request.candidates), plan.task.num_classes if request.detail else 0)
+                features = [normalise_for_head(self._both(name, plan, kept)[1]) for name in request.candidates]
+                vectors = [self._vector(envelope, f"vector-{i}", one, plan) for i, one in enumerate(request.candidates)]
+                rows = evaluation.count_rows(features, vectors, self._split(plan)[1].labels, layout)
+                return noisy_sum(rows, 1.0, nm, grid, num_noise_parties=parties)
+        raise ProtocolError(f"no work is known for a {type(request).__name__}")
+
+    def _votes(self, request: BallotRequest, plan: Plan, kept: CampaignRow) -> npt.NDArray[np.float64]:
+        tuning = self._split(plan)[0]
+        count = plan.num_buckets(self.config.data.num_records)
+        features = [self._both(name, plan, kept)[0] for name in request.candidates]
+        return ballot.votes(features, tuning.labels, buckets(tuning, self.data_key, count), count)
+
+    def _train(
+        self, envelope: Envelope, request: TrainRequest, plan: Plan, kept: CampaignRow, grid: Grid, parties: int
+    ) -> Integers:
+        check_head(spec(request.candidate).feature_dim, plan.task.num_classes, seed=0)
+        tuning = self._split(plan)[0]
+        data = training.TuningSet(normalise_for_head(self._both(request.candidate, plan, kept)[0]), tuning.labels)
+        vector = self._vector(envelope, "vector", request.candidate, plan)
+        if plan.privacy.noise == "shared":
+            return training.shared_step(data, vector, plan, request.noise_multiplier, grid, parties)
+        declared = {member.site: member.num_records for member in request.cohort}
+        own = declared[self.identity.name]
+        batch = plan.final.sample_rate * own * (1 - plan.evaluation.holdout_fraction)
+        change = training.local_steps(data, vector, plan, request.noise_multiplier, batch)
+        return grid.quantise(change * (own / sum(declared.values())))
+
+    def _vector(self, envelope: Envelope, name: str, candidate: str, plan: Plan) -> npt.NDArray[np.float32]:
+        vector = envelope.arrays.get(name)
+        size = trainable_size(spec(candidate).feature_dim, plan.task.num_classes)
+        if vector is None or vector.shape != (size,) or vector.dtype != np.float32 or not np.isfinite(vector).all():
+            raise ProtocolError(f"expected a finite float32 head ({size},) in array {name!r}")
+        return np.asarray(vector, dtype=np.float32)
+
+    def _split(self, plan: Plan) -> tuple[Records, Records]:
+        fraction = plan.evaluation.holdout_fraction
+        if fraction not in self._records:
+            self._records[fraction] = split(load_records(self.folder, self.config.data), self.data_key, fraction)
+        return self._records[fraction]
+
+    def _both(self, candidate: str, plan: Plan, kept: CampaignRow) -> tuple[Features, Features]:
+        """Frozen features of the tuning and held-out records, computed once."""
+        key = (kept.models[candidate], plan.evaluation.holdout_fraction)
+        if key not in self._features:
+            backbone = load_backbone(candidate, expected_sha256=kept.models[candidate])
+            tuning, held = self._split(plan)
+            self._features[key] = (backbone.features(tuning.images), backbone.features(held.images))
+        return self._features[key]
+
+    def _statement(self, envelope: Envelope, request: CloseRequest, plan: Plan) -> Envelope:
+        rows = self.ledger.rows(request.campaign)
+        delta = plan.privacy.delta
+        stages: list[Stage] = list(dict.fromkeys(row.stage for row in rows))
+        by_stage = {stage: _stage_epsilon(rows, stage, delta) for stage in stages}
+        statement = Statement(
+            request_sha256=envelope.sha256,
+            rows=rows,
+            epsilon_by_stage=by_stage,
+            epsilon=epsilon_of_rows(rows, delta),
+            delta=delta,
+        )
+        return seal(self.identity, statement)
+
+
+def _stage_epsilon(rows: tuple[SpentRow, ...], stage: Stage, delta: float) -> float:
+    return epsilon_of([row.event for row in rows if row.stage == stage for _ in range(row.count)], delta)
+
+
+def failure_code(error: Exception) -> FailureCode:
+    """The fixed code of an exception; the first match counts."""
+    table: list[tuple[type[Exception], FailureCode]] = [
+        (LedgerError, FailureCode.LEDGER),
+        (SiteConfigError, FailureCode.DATA),
+        (ModelError, FailureCode.MODEL),
+        (PlanError, FailureCode.BAD_REQUEST),
+        (ProtocolError, FailureCode.BAD_REQUEST),
+        (ValidationError, FailureCode.BAD_REQUEST),
+        (UrnaError, FailureCode.INTERNAL),
+        (ArithmeticError, FailureCode.NUMERIC),
+    ]
+    return next((code for kind, code in table if isinstance(error, kind)), FailureCode.INTERNAL)
+
+
+def open_site(folder: Path) -> Site:
+    """Open a site's folder.
+
+    Raises:
+        SiteConfigError: it is not a site's folder, or a part of it is wrong.
+        LedgerError: the ledger is missing or altered.
+    """
+    config = load_site_config(folder)
+    key_path = folder / DATA_KEY_FILE
+    if not key_path.is_file() or key_path.stat().st_size != 32:
+        raise SiteConfigError(f"expected the site's data key (32 bytes) at {key_path}: restore it, a new one moves records")
+    return Site(
+        config=config,
+        identity=load_identity(config.name, folder / IDENTITY_FILE),
+        roster=load_roster(folder / ROSTER_FILE),
+        ledger=Ledger.open(folder / LEDGER_FILE),
+        data_key=key_path.read_bytes(),
+        folder=folder,
+        log=_local_log(config.name, folder),
+    )
+
+
+def load_site_config(folder: Path) -> SiteConfig:
+    """Read ``site.toml``.
+
+    Raises:
+        SiteConfigError: missing, not TOML, or a key that is unknown, missing or out of range.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return SiteConfig.model_validate(tomllib.loads(read_text(path, "site.toml", SiteConfigError)))
+    except tomllib.TOMLDecodeError as error:
+        raise SiteConfigError(f"{path}: expected TOML, found a syntax error: {error}") from None
+    except ValidationError as error:
+        raise SiteConfigError(f"{path}: {explain(error, SiteConfig)}") from None
+
+
+def create_keys(folder: Path, name: str) -> Identity:
+    """Make a site's identity, data key and empty ledger: once, at its own machine.
+
+    Raises:
+        SiteConfigError: there are some already.
+        LedgerError: there is a ledger already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = create_identity(name, folder / IDENTITY_FILE)
+    descriptor = os.open(folder / DATA_KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(os.urandom(32))
+    Ledger.create(folder / LEDGER_FILE).close()
+    return identity
+
+
+def _local_log(name: str, folder: Path) -> logging.Logger:
+    log = logging.getLogger(f"urna.site.{name}.{folder}")
+    log.propagate = False  # not into Flower's log, which the operator can read
+    if not log.handlers:
+        handler = logging.FileHandler(folder / LOG_FILE, delay=True, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    return log

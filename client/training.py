@@ -1,0 +1,80 @@
+"""A site's part of one round of DP training; Opacus makes the per-example gradients, Urna all that makes them private.
+
+``noise = "shared"`` (DP-FedSGD): one Poisson sample, per-example gradients, clipped on the grid, summed, plus this site's
+share of the noise. ``noise = "local"``: many DP-SGD steps (Abadi et al. 2016, algorithm 1) with the whole noise here; the
+change of the head is what leaves, weighted by declared sizes.
+
+Constants of the plan, never of the data: sample_rate, max_grad_norm, the number of steps, what sums are divided by.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from urna.models.tuning import head_from_vector, per_example_gradients
+from urna.privacy.fixed_point import Grid
+from urna.privacy.mechanisms import Floats, Integers, clip_rows, poisson_sample, standard_normal
+from urna.privacy.release import noisy_sum
+from urna.protocol.plan import Plan
+
+
+@dataclass(frozen=True)
+class TuningSet:
+    """What a head is trained on at one site: features (n, d) float32 of bounded norm, labels (n,) int64."""
+
+    features: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+
+
+def sample_gradients(data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan) -> Floats:
+    """Unclipped gradients (b, p) of a fresh Poisson sample at ``vector`` (p,); b may be 0."""
+    chosen = poisson_sample(len(data.labels), plan.final.sample_rate)
+    head = head_from_vector(vector, data.features.shape[1], plan.task.num_classes)
+    features, labels = torch.from_numpy(data.features[chosen]), torch.from_numpy(data.labels[chosen])
+    return np.asarray(per_example_gradients(head, features, labels).numpy(), dtype=np.float64)
+
+
+def shared_step(
+    data: TuningSet,
+    vector: npt.NDArray[np.float32],
+    plan: Plan,
+    noise_multiplier: float,
+    grid: Grid,
+    num_noise_parties: int,
+) -> Integers:
+    """This site's summand of one DP-FedSGD step: (p,) grid units.
+
+    Raises:
+        ProtocolError: a gradient is not finite.
+    """
+    rows = sample_gradients(data, vector, plan)
+    return noisy_sum(rows, plan.final.max_grad_norm, noise_multiplier, grid, num_noise_parties=num_noise_parties)
+
+
+def local_steps(
+    data: TuningSet,
+    vector: npt.NDArray[np.float32],
+    plan: Plan,
+    noise_multiplier: float,
+    expected_batch: float,
+) -> Floats:
+    """The change (p,) of the head after ``plan.final.local_steps`` DP-SGD steps, private by itself.
+
+    Args:
+        data: this site's tuning records.
+        vector: (p,) the global head.
+        plan: gives the clip, the sampling rate, the steps and the learning rate.
+        noise_multiplier: sigma / clip of every step.
+        expected_batch: q times the declared number of tuning records; never the sample's size.
+
+    Raises:
+        ProtocolError: a gradient is not finite.
+    """
+    max_norm = plan.final.max_grad_norm
+    current = vector.astype(np.float64)
+    for _ in range(plan.final.local_steps):
+        clipped = clip_rows(sample_gradients(data, current.astype(np.float32), plan), max_norm)
+        noise = standard_normal(vector.size) * (noise_multiplier * max_norm)
+        current = current - plan.final.local_learning_rate / expected_batch * (clipped.sum(axis=0) + noise)
+    return np.asarray(current - vector)

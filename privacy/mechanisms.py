@@ -1,0 +1,84 @@
+"""Clip, sample and noise, from a generator that no seed reaches.
+
+Covered:
+    * every random bit of sampling, rounding, noise and masks comes from AES-256-CTR under a key that the operating
+      system draws afresh for each call, so `torch.manual_seed`, numpy seeds, a fork or a restart fix nothing;
+    * a non-finite number is an error, never an integer, and never switches a clip off.
+Not covered:
+    * timing: the time a draw takes is not hidden;
+    * the tail beyond 8.6 standard deviations, which 53-bit Box-Muller cannot reach (its mass, below 1e-16 a draw,
+      is far below any delta that a plan can ask for).
+"""
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from urna.protocol.errors import ProtocolError
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+def random_bytes(size: int) -> bytes:
+    """Draw ``size`` bytes: the AES-256-CTR key stream (NIST SP 800-38A) of a fresh key from the operating system."""
+    return key_stream(os.urandom(32), size)
+
+
+def key_stream(key: bytes, size: int) -> bytes:
+    """The first ``size`` bytes of AES-CTR under ``key`` (16 or 32 bytes) with the counter starting at zero."""
+    encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    return encryptor.update(bytes(size))
+
+
+def uniform(size: int) -> Floats:
+    """Draw ``size`` uniform numbers in (0, 1): 53 random bits each, centred in their cell so that 0 never occurs."""
+    bits = np.frombuffer(random_bytes(8 * size), dtype="<u8") >> np.uint64(11)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+
+
+def standard_normal(size: int) -> Floats:
+    """Draw ``size`` standard normal numbers (Box and Muller 1958), vectorised."""
+    half = (size + 1) // 2
+    radius = np.sqrt(-2.0 * np.log(uniform(half)))
+    angle = 2.0 * np.pi * uniform(half)
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
+
+
+def integer_noise(size: int, scale: float) -> Integers:
+    """Draw ``size`` rounded Gaussian integers of standard deviation ``scale`` (grid units).
+
+    Rounding after the draw is post-processing. For ``scale`` of 32 or more the sum of several parties' rounded
+    shares differs from a discrete Gaussian of the added variances by less than exp(-2 pi^2 scale^2) < 1e-8000
+    (Canonne, Kamath, Steinke 2020, section 3; Kairouz et al. 2021, theorem 3), so the ledger describes the sum as
+    a Gaussian.
+
+    Raises:
+        ValueError: ``scale`` is below 32, where that argument gets weak, or so large that int64 could wrap.
+    """
+    if not 32 <= scale < 2**55:
+        raise ValueError(f"noise needs a scale of 32 to 2**55 grid units, found {scale:g}: change the grid step")
+    return np.rint(standard_normal(size) * scale).astype(np.int64)
+
+
+def poisson_sample(size: int, sample_rate: float) -> npt.NDArray[np.bool_]:
+    """Decide for each of ``size`` records, independently with probability ``sample_rate``, whether it takes part.
+
+    The rate that is used is rounded down to a multiple of 2**-53, so never above the one that is accounted.
+    """
+    return uniform(size) < sample_rate
+
+
+def clip_rows(rows: Floats, max_norm: float) -> Floats:
+    """Scale each row of (n, p) down to an L2 norm of at most ``max_norm``; shorter rows stay as they are.
+
+    Raises:
+        ProtocolError: a number is not finite (it would switch the clip off: min(1, nan) is 1).
+    """
+    if not np.isfinite(rows).all():
+        raise ProtocolError("expected finite numbers before the clip, found NaN or infinity: nothing is released")
+    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+    scaled = rows / np.maximum(largest, 1e-300)  # so that squares of large numbers do not overflow
+    norms = largest * np.sqrt((scaled**2).sum(axis=1, keepdims=True))
+    return np.asarray(rows * np.minimum(1.0, max_norm / np.maximum(norms, 1e-300)), dtype=np.float64)

@@ -1,0 +1,119 @@
+"""Who speaks: Ed25519 identities (RFC 8032), pinned in a roster that is made once, out of band.
+
+Flower's node ids are never identities: any node that reaches the link can file a message in another's name. So
+every Urna message is signed by its sender, and a name means the key that the roster pins to it.
+
+Covered:
+    * forged and altered messages; messages in another member's name; keys that the roster does not list.
+Not covered (yet):
+    * confidentiality towards the relay: bodies are signed, not sealed; masked vectors are hidden by their masks.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BaseModel, Field, ValidationError
+from urna.protocol.errors import SignatureError, SiteConfigError
+from urna.protocol.plan import Name, explain, read_text
+
+OPERATOR = "operator"
+PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Roster(BaseModel, frozen=True, extra="forbid"):
+    """The pinned Ed25519 public keys (hex) of the operator and of every member site."""
+
+    operator: PublicKeyHex
+    sites: dict[Name, PublicKeyHex]
+
+    def key_of(self, name: str) -> str:
+        """The pinned key of a member.
+
+        Raises:
+            SignatureError: the roster lists no such member.
+        """
+        key = self.operator if name == OPERATOR else self.sites.get(name)
+        if key is None:
+            raise SignatureError(f"expected a member of the roster, found {name!r}: ask for a new roster")
+        return key
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A name with its private key."""
+
+    name: str
+    private_key: Ed25519PrivateKey
+
+    @property
+    def public_key_hex(self) -> str:
+        """The public key as the roster lists it."""
+        return self.private_key.public_key().public_bytes_raw().hex()
+
+    def sign(self, purpose: str, data: bytes) -> bytes:
+        """Sign ``data`` for one ``purpose``, bound to this name."""
+        return self.private_key.sign(_bound(purpose, self.name, data))
+
+
+def verify(roster: Roster, name: str, purpose: str, data: bytes, signature: bytes) -> None:
+    """Check that the roster's ``name`` signed ``data`` for this ``purpose``.
+
+    Raises:
+        SignatureError: it did not, or is not in the roster.
+    """
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(roster.key_of(name)))
+    try:
+        key.verify(signature, _bound(purpose, name, data))
+    except InvalidSignature:
+        raise SignatureError(f"expected a {purpose} signed by {name}, found another or no signature") from None
+
+
+def _bound(purpose: str, name: str, data: bytes) -> bytes:
+    """Length-prefixed, so that no two (purpose, name, data) give the same bytes."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in (b"urna/1", purpose.encode(), name.encode(), data))
+
+
+def create_identity(name: str, path: Path) -> Identity:
+    """Make a key and store it with mode 0600; an existing file is never overwritten.
+
+    Raises:
+        SiteConfigError: there is a file already.
+    """
+    key = Ed25519PrivateKey.generate()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise SiteConfigError(f"{path} exists: an identity is made once; move it away to make a new one") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(key.private_bytes_raw())
+    return Identity(name, key)
+
+
+def load_identity(name: str, path: Path) -> Identity:
+    """Read a stored key.
+
+    Raises:
+        SiteConfigError: there is none, or it is not 32 bytes.
+    """
+    if not path.is_file():
+        raise SiteConfigError(f"expected the private key of {name} at {path}, found nothing")
+    raw = path.read_bytes()
+    if len(raw) != 32:
+        raise SiteConfigError(f"{path}: an Ed25519 private key has 32 bytes, found {len(raw)}")
+    return Identity(name, Ed25519PrivateKey.from_private_bytes(raw))
+
+
+def load_roster(path: Path) -> Roster:
+    """Read a roster file (JSON).
+
+    Raises:
+        SiteConfigError: there is none, or it is not a roster.
+    """
+    try:
+        return Roster.model_validate_json(read_text(path, "roster", SiteConfigError))
+    except ValidationError as error:
+        raise SiteConfigError(f"{path}: {explain(error, Roster)}") from None

@@ -1,0 +1,275 @@
+"""The plan: what the operator asks for, in TOML, validated, frozen and hashed.
+
+Every number that decides a shape (sampling rate, expected batch, clip, steps, buckets) is in here and nowhere else,
+so nothing that leaves a site is shaped by its records. Unknown keys are errors: a typo never falls back to a default.
+"""
+
+import difflib
+import hashlib
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from urna.protocol.errors import PlanError
+
+PLAN_LIMIT_BYTES = 1_000_000  # refused before it is parsed
+
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+
+class Section(BaseModel, frozen=True, extra="forbid"):
+    """A part of a document that a person writes: immutable, and unknown keys are refused."""
+
+
+class Task(Section):
+    """What the model must do."""
+
+    kind: Literal["classification"] = "classification"
+    modality: Literal["image"] = "image"
+    num_classes: Annotated[int, Field(ge=2, le=1000)]
+
+
+class CandidateEntry(Section):
+    """A pretrained model that takes part; the order of entries is the operator's prior, best guess first."""
+
+    name: Name
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # None: pin what the operator has built
+
+
+class Privacy(Section):
+    """What the whole campaign may cost each site, and who is trusted with what."""
+
+    epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # must stay below 1 / federation.num_records
+    noise: Literal["shared", "local"] = "shared"
+    max_colluding_sites: Annotated[int, Field(ge=0)] = 0  # sites that may pool what they know with the server
+
+
+class VirtualSites(Section):
+    """The embedded engine: sites over local data, for experiments and demonstrations."""
+
+    dataset: Literal["digits"]
+    num_sites: Annotated[int, Field(ge=2, le=1000)]
+    dirichlet_alpha: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 0.5  # label skew; smaller: harder
+    seed: Annotated[int, Field(ge=0)] = 0  # of the partition only; noise, sampling and masks have no seed
+
+
+class Federation(Section):
+    """Who takes part."""
+
+    min_sites: Annotated[int, Field(ge=2)]  # no sum over fewer sites is ever opened
+    num_records: Annotated[int, Field(ge=50)]  # public, may be rounded: the sites' declared sizes added up
+    round_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 120.0
+    virtual: VirtualSites | None = None
+
+
+class Shortlist(Section):
+    """The public filter, which costs no privacy."""
+
+    max_parameters: Annotated[int, Field(ge=1)] = 100_000_000
+    max_noise_to_signal: Annotated[float, Field(gt=0)] = 1.0  # noise_multiplier * sqrt(p) / (sample_rate * n)
+    licences: tuple[str, ...] = ("Apache-2.0", "MIT", "BSD-3-Clause")
+
+
+class Ballot(Section):
+    """The private choice: bucketed 1-NN votes, one Gaussian release of one number a candidate."""
+
+    budget_fraction: Fraction = 0.15  # of the squared Gaussian-DP mu
+    bucket_size: Annotated[int, Field(ge=4, le=100)] = 15  # expected records in a bucket
+    clip: Annotated[float, Field(gt=0, le=2)] = 0.2  # L2 norm of one bucket's vote
+    max_attempts: Annotated[int, Field(ge=1, le=5)] = 2  # each attempt is charged in full
+    if_undecided: Literal["runoff", "prior"] = "runoff"
+
+
+class Runoff(Section):
+    """When the ballot is undecided: train the leaders a few rounds, compare them on held-out records."""
+
+    num_finalists: Annotated[int, Field(ge=2, le=3)] = 2
+    num_rounds: Annotated[int, Field(ge=1, le=1000)] = 10  # for each finalist; the winner keeps its rounds
+
+
+class Final(Section):
+    """The fine-tune of the winner."""
+
+    tuning: Literal["head"] = "head"
+    num_rounds: Annotated[int, Field(ge=1, le=10_000)]
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1  # DP-SGD steps a round at each site (noise = "local")
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    optimizer: Literal["sgd", "adam"] = "adam"  # of the server; sites of noise = "local" take plain DP-SGD steps
+    learning_rate: Annotated[float, Field(gt=0, le=1000)]
+    local_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # of the sites' steps (noise = "local")
+
+
+class Evaluation(Section):
+    """Noisy counts on records that never train; they compose in parallel with the rest."""
+
+    holdout_fraction: Annotated[float, Field(ge=0.05, le=0.5)] = 0.2
+    num_curve_points: Annotated[int, Field(ge=0, le=20)] = 4
+    curve_budget_fraction: Fraction = 0.2  # of the held-out records' squared mu, for all curve points together
+    runoff_budget_fraction: Fraction = 0.2  # likewise, for comparing the finalists
+    max_attempts: Annotated[int, Field(ge=1, le=5)] = 2
+
+
+class Plan(Section):
+    """One campaign, as the operator asks for it."""
+
+    name: Name
+    task: Task
+    candidates: Annotated[tuple[CandidateEntry, ...], Field(min_length=1, max_length=64)]
+    privacy: Privacy
+    federation: Federation
+    shortlist: Shortlist = Shortlist()
+    ballot: Ballot = Ballot()
+    runoff: Runoff = Runoff()
+    final: Final
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        names = [entry.name for entry in self.candidates]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"candidates must differ, found {', '.join(doubled)} twice: remove one entry")
+        limit = 1 / self.federation.num_records
+        if self.privacy.delta >= limit:
+            raise ValueError(
+                f"privacy.delta must be below 1/n = {limit:.3g} (n = federation.num_records = "
+                f"{self.federation.num_records}), found {self.privacy.delta:g}: lower delta"
+            )
+        virtual = self.federation.virtual
+        if virtual is not None and virtual.num_sites < self.federation.min_sites:
+            raise ValueError(
+                f"federation.virtual.num_sites must be at least federation.min_sites = {self.federation.min_sites}, "
+                f"found {virtual.num_sites}: add sites or lower the minimum"
+            )
+        if self.privacy.max_colluding_sites >= self.federation.min_sites - 1:
+            raise ValueError(
+                f"privacy.max_colluding_sites must be at most federation.min_sites - 2 = "
+                f"{self.federation.min_sites - 2}, found {self.privacy.max_colluding_sites}: "
+                "with fewer than two honest sites a sum hides nothing"
+            )
+        if self.privacy.noise == "shared" and self.final.local_steps != 1:
+            raise ValueError(
+                f'final.local_steps must be 1 with privacy.noise = "shared", found {self.final.local_steps}: '
+                'shared noise opens one step a round; use noise = "local" for more'
+            )
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """The plan's identity: the hash of its canonical JSON, defaults included."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def num_tuning_records(self) -> int:
+        """The public number of records that train (held-out ones taken off)."""
+        return max(1, round(self.federation.num_records * (1 - self.evaluation.holdout_fraction)))
+
+    @property
+    def num_heldout_records(self) -> int:
+        """The public number of records that evaluate."""
+        return max(1, self.federation.num_records - self.num_tuning_records)
+
+    @property
+    def expected_batch(self) -> float:
+        """B = q n: what a sum of gradients is divided by, whatever was really sampled."""
+        return self.final.sample_rate * self.num_tuning_records
+
+    def noise_parties(self, cohort_size: int) -> int:
+        """How many honest sites of a cohort surely add their share of the noise.
+
+        A sum opens with all of its cohort or not at all, so that is everyone but the colluders; with local noise each
+        site counts on itself alone.
+        """
+        return 1 if self.privacy.noise == "local" else cohort_size - self.privacy.max_colluding_sites
+
+    def num_buckets(self, num_records: int) -> int:
+        """M of a site with ``num_records`` declared records; at least 1."""
+        return max(1, math.floor(num_records * (1 - self.evaluation.holdout_fraction) / self.ballot.bucket_size))
+
+
+def parse_plan(text: str) -> Plan:
+    """Read a plan from TOML text.
+
+    Raises:
+        PlanError: not TOML, an unknown or missing key, or a value out of range; the message names the field,
+            what was found and what to do.
+    """
+    try:
+        return Plan.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"the plan must be TOML, found a syntax error: {error}") from None
+    except ValidationError as error:
+        raise PlanError(explain(error, Plan)) from None
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: there is no such file, it is too large or not UTF-8, or see `parse_plan`.
+    """
+    return parse_plan(read_text(path, "plan", PlanError))
+
+
+def read_text(path: Path, what: str, error: type[Exception]) -> str:
+    """Read a small UTF-8 file that a person wrote.
+
+    Raises:
+        error: there is no such file, or it is too large or not UTF-8.
+    """
+    if not path.is_file():
+        raise error(f"expected a {what} file at {path}, found {'a folder' if path.is_dir() else 'nothing'}")
+    size = path.stat().st_size
+    if size > PLAN_LIMIT_BYTES:
+        raise error(f"{path}: a {what} has at most {PLAN_LIMIT_BYTES} bytes, found {size}")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise error(f"{path}: a {what} must be UTF-8 text, found other bytes") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line a person can act on: each wrong field with what was expected and what was found."""
+    return "; ".join(_explain_one(dict(item), model) for item in error.errors(include_url=False))
+
+
+def _explain_one(item: dict[str, object], model: type[BaseModel]) -> str:
+    location = item["loc"]
+    assert isinstance(location, tuple)
+    field = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1], model)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {field}: {hint}"
+    if item["type"] == "missing":
+        return f"missing key {field}: add it"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not field:
+        return message
+    found = item["input"]
+    shown = repr(found) if not isinstance(found, float) or math.isfinite(found) else str(found)
+    return f"{field}: {message[0].lower()}{message[1:]}, found {shown if len(shown) < 80 else shown[:77] + '...'}"
+
+
+def _fields_at(location: tuple[object, ...], model: type[BaseModel]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[str(part)].annotation
+        model = next(m for m in _models_in(annotation))
+    return list(model.model_fields)
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found: list[type[BaseModel]] = []
+    for inner in getattr(annotation, "__args__", ()):
+        found += _models_in(inner)
+    return found

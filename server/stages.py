@@ -1,0 +1,239 @@
+"""How each stage of a campaign asks the sites: builds its request, sizes its grid, reads its sum.
+
+Everything is recorded in the journal under the stage's key; asking again gives back what was recorded.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from urna.models.catalogue import spec
+from urna.models.loading import artefact_sha256
+from urna.models.tuning import trainable_size
+from urna.privacy.accounting import described, epsilon_of
+from urna.privacy.counts import CountLayout, Counts
+from urna.privacy.fixed_point import grid_for
+from urna.privacy.mechanisms import Floats
+from urna.protocol.errors import PlanError, RefusedError, RoundError
+from urna.protocol.messages import (
+    AnyArray,
+    BallotRequest,
+    CloseRequest,
+    EvaluateRequest,
+    HelloReply,
+    HelloRequest,
+    Member,
+    Partition,
+    Stage,
+    Statement,
+    Summed,
+    TrainRequest,
+)
+from urna.protocol.plan import Plan
+from urna.server.journal import Journal, Json
+from urna.server.rounds import Ask, Outcome, Rounds
+from urna.strategies import ballot
+from urna.strategies.aggregation import OptimizerState, apply
+
+NOISE_RANGE = 12.0  # standard deviations of noise that the ring leaves room for
+
+
+@dataclass
+class Stages:
+    """Asks for one plan under one campaign id."""
+
+    run_id: str
+    plan: Plan
+    journal: Journal
+    rounds: Rounds
+
+    def hello(self) -> None:
+        """Open the campaign at every site within reach.
+
+        Raises:
+            RefusedError: fewer than the minimum joined, and a policy was among the reasons.
+            RoundError: fewer than the minimum answered.
+        """
+        models = self.journal.once("models", self._pinned_models)
+        fields = self._header("hello", "hello")
+        request = HelloRequest(**fields, plan_json=self.plan.model_dump_json(), models=models)
+        federation = self.plan.federation
+        members, others = self.rounds.hello(
+            request, federation.virtual.num_sites if federation.virtual else federation.min_sites
+        )
+        if len(members) < federation.min_sites:
+            reasons = "; ".join(f"{site} {why}" for site, why in sorted(others.items())) or "nobody else answered"
+            text = f"the plan needs {federation.min_sites} sites, found {len(members)}: {reasons}"
+            raise RefusedError(text) if any(why.startswith("refused") for why in others.values()) else RoundError(text)
+        self.journal.once("hello", lambda: {"members": _facts_of(members), "others": others})
+
+    def ballot(self, names: Sequence[str], multiplier: float) -> ballot.Ranking | None:
+        """Votes over ``names``, in as many attempts as the plan pays for; None when all were lost."""
+        clip = self.plan.ballot.clip
+        self.rounds.everyone_back()
+        for attempt in range(1, self.plan.ballot.max_attempts + 1):
+
+            def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
+                largest = clip * self._num_buckets(cohort) + NOISE_RANGE * 2 * clip * multiplier
+                attempts = self.plan.ballot.max_attempts
+                fields = self._summed("ballot", key, cohort, multiplier, largest, attempts)
+                return BallotRequest(**fields, candidates=tuple(names)), {}
+
+            outcome = self._sum(f"ballot/{attempt}", "query.ballot", ask, len(names), {"attempt": attempt})
+            if outcome.total is not None:
+                std = self.noise_std(multiplier, 2 * clip, len(outcome.members))
+                return ballot.rank(names, outcome.total, std, self._num_buckets(outcome.members))
+        return None
+
+    def train(
+        self, stage: Stage, key: str, candidate: str, state: OptimizerState, index: int, multiplier: float, planned: int
+    ) -> OptimizerState:
+        """One DP training round; a lost round leaves the state as it was, and is not asked again."""
+        final = self.plan.final
+        shared = self.plan.privacy.noise == "shared"
+
+        def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
+            reach = (
+                2 * self.plan.expected_batch * final.max_grad_norm if shared else self._reach_of_local_steps(multiplier, cohort)
+            )
+            noise = NOISE_RANGE * final.max_grad_norm * multiplier if shared else 0.0
+            fields = self._summed(stage, key, cohort, multiplier, reach + noise, planned)
+            return TrainRequest(**fields, candidate=candidate), {"vector": state.vector.astype(np.float32)}
+
+        facts = {"candidate": candidate, "index": index, "of": final.num_rounds}
+        outcome = self._sum(key, "train", ask, self._size(candidate), facts)
+        if outcome.total is None:
+            return state
+        gradient = outcome.total / self.plan.expected_batch if shared else -outcome.total
+        return apply(state, gradient, final)
+
+    def count(
+        self,
+        key: str,
+        names: Sequence[str],
+        states: Sequence[OptimizerState],
+        multiplier: float,
+        attempts: int,
+        *,
+        detail: bool,
+    ) -> Counts | None:
+        """Noisy held-out counts of one or several heads; None when every attempt was lost."""
+        layout = CountLayout(len(names), self.plan.task.num_classes if detail else 0)
+        vectors = {f"vector-{at}": state.vector.astype(np.float32) for at, state in enumerate(states)}
+        for attempt in range(1, attempts + 1):
+
+            def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
+                largest = 2 * self.plan.num_heldout_records + NOISE_RANGE * multiplier
+                planned = self.plan.evaluation.num_curve_points if "curve" in key else attempts
+                fields = self._summed("evaluation", key, cohort, multiplier, largest, max(1, planned))
+                return EvaluateRequest(**fields, candidates=tuple(names), detail=detail), vectors
+
+            facts = {"candidates": list(names), "purpose": key, "attempt": attempt}
+            outcome = self._sum(f"evaluation/{key}/{attempt}", "evaluate", ask, layout.size, facts)
+            if outcome.total is not None:
+                std = self.noise_std(multiplier, 1.0, len(outcome.members))
+                counts = layout.decode(outcome.total, std, self.plan.num_heldout_records)
+                self.journal.once(f"counts/{key}", lambda counts=counts: _counts_json(names, counts))  # type: ignore[misc]
+                return counts
+        return None
+
+    def close(self) -> None:
+        """Ask every site what its ledger says this campaign cost."""
+        if self.journal.find("statements") is not None:
+            return
+        answers = self.rounds.ask_all("close", "query.close", CloseRequest(**self._header("close", "close")))
+        statements = {site: answer.model_dump() for site, answer in sorted(answers.items()) if isinstance(answer, Statement)}
+        self.journal.record("statements", statements)
+
+    def start(self, candidate: str) -> OptimizerState:
+        """The head that every fine-tune of ``candidate`` starts from."""
+        return OptimizerState.start(self._size(candidate))
+
+    def asked_events(self, partition: Partition) -> list[str]:
+        """Every event of the records ``partition`` that some site may have released so far: all that were asked."""
+        rounds = [entry.value for entry in self.journal.entries() if entry.kind == "round"]
+        return [one["event"] for one in rounds if one["partition"] == partition for _ in range(one["count"])]
+
+    def noise_std(self, multiplier: float, sensitivity: float, cohort_size: int) -> float:
+        """Standard deviation of the noise on an opened sum: every member's share is in it, also the colluders'."""
+        return multiplier * sensitivity * math.sqrt(cohort_size / self.plan.noise_parties(cohort_size))
+
+    def _sum(self, key: str, route: str, ask: Ask, size: int, facts: Json) -> Outcome:
+        return self.rounds.secure_sum(key, route, ask, size, lambda request: self._cost(request) | facts)
+
+    def _cost(self, request: Summed) -> Json:
+        """What this round brings the records it touches to, had every site answered every round."""
+        partition, event, count = described(request, self.plan)
+        events = self.asked_events(partition) + [event] * count
+        return {
+            "stage": request.stage,
+            "partition": partition,
+            "event": event,
+            "count": count,
+            "noise_multiplier": request.noise_multiplier,
+            "epsilon": epsilon_of(events, self.plan.privacy.delta),
+        }
+
+    def _header(self, stage: Stage, key: str) -> "dict[str, str]":
+        return {
+            "campaign": self.run_id,
+            "plan_sha256": self.plan.sha256,
+            "request_id": f"{self.run_id}/{key}",
+            "stage": stage,
+        }
+
+    def _summed(
+        self, stage: Stage, key: str, cohort: tuple[Member, ...], multiplier: float, largest: float, planned: int
+    ) -> Json:
+        grid = grid_for(largest, len(cohort))
+        return {
+            **self._header(stage, key),
+            "cohort": cohort,
+            "noise_multiplier": multiplier,
+            "step_exp": grid.step_exp,
+            "planned_count": planned,
+        }
+
+    def _reach_of_local_steps(self, multiplier: float, cohort: tuple[Member, ...]) -> float:
+        """How far a head can move in a round of local steps: a bound for the ring, far from tight."""
+        final = self.plan.final
+        smallest = min(member.num_records for member in cohort) * (1 - self.plan.evaluation.holdout_fraction)
+        noise = NOISE_RANGE * multiplier / (final.sample_rate * smallest)
+        return final.local_learning_rate * final.max_grad_norm * final.local_steps * (4.0 + noise)
+
+    def _num_buckets(self, cohort: Sequence[Member]) -> int:
+        return sum(self.plan.num_buckets(member.num_records) for member in cohort)
+
+    def _size(self, candidate: str) -> int:
+        return trainable_size(spec(candidate).feature_dim, self.plan.task.num_classes)
+
+    def _pinned_models(self) -> Json:
+        pinned = {}
+        for entry in self.plan.candidates:
+            found = artefact_sha256(entry.name)
+            if entry.sha256 not in (None, found):
+                raise PlanError(f"candidate {entry.name} is pinned to {entry.sha256}, found {found} installed: update one")
+            pinned[entry.name] = found
+        return pinned
+
+
+def _facts_of(members: Mapping[str, HelloReply]) -> Json:
+    return {
+        name: {"num_records": members[name].member.num_records, "urna_version": members[name].urna_version}
+        for name in sorted(members)
+    }
+
+
+def _counts_json(names: Sequence[str], counts: Counts) -> Json:
+    def listed(values: Floats | None) -> object:
+        return None if values is None else values.tolist()
+
+    return {
+        "candidates": list(names),
+        "num_records": counts.num_records,
+        "accuracy": listed(counts.accuracy),
+        "accuracy_stderr": listed(counts.accuracy_stderr),
+        "confusion": listed(counts.confusion),
+        "confusion_noise_std": counts.confusion_noise_std,
+    }
