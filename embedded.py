@@ -10,8 +10,6 @@ import csv
 import json
 import os
 import sys
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +76,7 @@ def prepare(run_dir: Path, plan: Plan) -> None:
     from urna.client.site import create_keys
 
     dataset = load_dataset(virtual.dataset)
+    run_dir.mkdir(parents=True, exist_ok=True)
     operator = create_identity(OPERATOR, run_dir / OPERATOR_KEY_FILE)
     keys = {}
     for number, part in enumerate(partition(dataset.labels, virtual), start=1):
@@ -132,15 +131,15 @@ def run(run_dir: Path) -> None:
     """
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
 
     from urna.client.app import client_app
     from urna.server.app import run_on_grid
-    from urna.server.campaign import recorded_plan
-    from urna.server.journal import Journal
+    from urna.server.journal import Journal, recorded_plan
 
     journal = Journal.read(run_dir)
     plan = recorded_plan(journal)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from urna.client.site import Site, open_site
+
+from urna.client.site import Site, local_log, open_site
 from urna.protocol.messages import from_record, to_record
 
 SITE_DIR_KEY = "site-dir"  # of the SuperNode's --node-config
@@ -28,7 +29,12 @@ def client_app(folder_of: Callable[[Context], Path]) -> ClientApp:
     app = ClientApp()
 
     def answer(message: Message, context: Context) -> Message:
-        reply = _site(folder_of(context)).handle(from_record(message.content))
+        folder = folder_of(context)
+        try:
+            reply = _site(folder).handle(from_record(message.content))
+        except Exception:  # the edge: Flower would send the text to the operator
+            local_log(folder.name, folder).exception("a message could not be handled")
+            raise RuntimeError("this site cannot answer; its own log says why") from None
         return Message(content=to_record(reply), reply_to=message)
 
     app.query("hello")(answer)

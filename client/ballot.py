@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from urna.privacy.mechanisms import Floats
 
 MIN_BUCKET = 4  # a smaller bucket votes zero

@@ -3,7 +3,8 @@
 Covered:
     * a records file that leaves the site's folder (absolute, "..", or through a symbolic link) is refused;
     * limits on bytes and rows; wrong columns, types, ranges, labels and repeated ids are refused before anything is used;
-    * tuning and held-out records are split once, by a keyed hash of the record's id, so no request can move one over;
+    * tuning and held-out records are split by a keyed hash of the record's id and the plan's fraction; the site answers no
+      two fractions for ever (`site.py`), so no request can move a record over;
     * error texts give row numbers, never values.
 Not covered (yet):
     * other formats than CSV, several rows of one person, de-identification.
@@ -14,12 +15,14 @@ import hmac
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
+
 from urna.protocol.errors import SiteConfigError
 from urna.protocol.plan import Fraction, Section
 
@@ -67,11 +70,12 @@ def load_records(folder: Path, config: DataConfig) -> Records:
             header = next(reader, [])
             pixels = _pixel_columns(header, config, path)
             id_at, label_at = header.index(config.id_column), header.index(config.label_column)
-            rows = [_row(row, number, id_at, label_at, pixels, config) for number, row in enumerate(reader, start=2)]
+            lines = enumerate(islice(reader, ROWS_LIMIT + 1), start=2)
+            rows = [_row(row, number, id_at, label_at, pixels, config) for number, row in lines]
         except (csv.Error, UnicodeDecodeError) as error:
             raise SiteConfigError(f"{path.name}: expected CSV in UTF-8, found {type(error).__name__}") from None
     if len(rows) > ROWS_LIMIT:
-        raise SiteConfigError(f"{path.name}: at most {ROWS_LIMIT} rows are read, found {len(rows)}")
+        raise SiteConfigError(f"{path.name}: at most {ROWS_LIMIT} rows are read, found more")
     ids = tuple(row[0] for row in rows)
     if len(set(ids)) != len(ids):
         raise SiteConfigError(f"{path.name}: ids must differ, found {len(ids) - len(set(ids))} repeated: one row a record")

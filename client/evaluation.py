@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from urna.models.tuning import predict_logits
 from urna.privacy.counts import CountLayout
 from urna.privacy.mechanisms import Floats

@@ -5,11 +5,12 @@ kept, so a repeated request gets the same bytes and spends nothing. A crash betw
 work under the same reservation; it never under-counts.
 
 Covered:
-    * crash at any point; replays; a known request id with other content; a ledger that is missing, cut off, re-ordered or
-      altered in a reservation (each row is chained to the one before by SHA-256);
-    * two processes at once (SQLite's lock; a reservation is one transaction).
+    * crash at any point; replays; a known request id with other content; a ledger that is missing, re-ordered, altered in a
+      reservation or a reply, or that lacks a row before its last (each row is chained to the one before by SHA-256);
+    * two processes at once (SQLite's lock; what a reservation was decided on cannot change before it is written).
 Not covered (yet):
-    * a restored older copy of the whole file (needs the signed head echoed by the operator and a second anchor);
+    * rows cut off at the end, a restored older copy of the whole file, and whoever writes a new chain on purpose (needs the
+      signed head echoed by the operator and a second anchor);
     * the same records under another ledger (needs the keyed sketch of record ids).
 """
 
@@ -38,7 +39,7 @@ CREATE TABLE campaign (
 CREATE TABLE release (
     seq INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, request_sha256 TEXT NOT NULL, campaign TEXT NOT NULL,
     stage TEXT NOT NULL, partition TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL CHECK (count > 0),
-    reserved_at REAL NOT NULL, link TEXT NOT NULL, reply BLOB
+    reserved_at REAL NOT NULL, link TEXT NOT NULL, reply BLOB, reply_link TEXT CHECK ((reply IS NULL) = (reply_link IS NULL))
 ) STRICT;
 """
 
@@ -86,9 +87,10 @@ class Ledger:
         Raises:
             LedgerError: there is one already, or the disk refuses.
         """
-        if path.exists():
-            raise LedgerError(f"{path} exists: a ledger is made once and kept for ever")
-        path.touch(mode=0o600)
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+        except FileExistsError:
+            raise LedgerError(f"{path} exists: a ledger is made once and kept for ever") from None
         with _mapped(path):
             connection = _connect(path)
             connection.executescript(SCHEMA)
@@ -148,19 +150,37 @@ class Ledger:
             raise ProtocolError(f"request {request_id} is known here with other content: refused")
         return "reserved" if row[1] is None else bytes(row[1])
 
+    def holdout_fractions(self) -> frozenset[float]:
+        """How the campaigns that released anything split the records: parallel composition holds for one split only."""
+        query = "SELECT plan_json FROM campaign WHERE campaign IN (SELECT campaign FROM release)"
+        with _mapped():
+            plans = [json.loads(row[0]) for row in self._db.execute(query).fetchall()]
+        return frozenset(float(plan["evaluation"]["holdout_fraction"]) for plan in plans)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let no other process reserve between what is read here and what is written here.
+
+        Raises:
+            LedgerError: another process holds the ledger for too long, or the disk refuses.
+        """
+        with self._transaction():
+            yield
+
     def reserve(self, release: Release) -> None:
-        """Write the release, durably, before anything is computed for it.
+        """Write the release, durably (within `exclusive`: when that ends), before anything is computed for it.
 
         Raises:
             LedgerError: the disk refuses, or the request id is taken.
         """
         with _mapped(), self._transaction():
             last = self._db.execute("SELECT link FROM release ORDER BY seq DESC LIMIT 1").fetchone()
-            link = _link(last[0] if last else GENESIS, release)
+            now = time.time()
+            link = _link(last[0] if last else GENESIS, *_fields(release), now)
             self._db.execute(
                 "INSERT INTO release (request_id, request_sha256, campaign, stage, partition, event, count, reserved_at,"
                 " link) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (*_fields(release), time.time(), link),
+                (*_fields(release), now, link),
             )
 
     def settle(self, request_id: str, reply: bytes) -> None:
@@ -171,11 +191,14 @@ class Ledger:
             LedgerError: the disk refuses.
         """
         with _mapped(), self._transaction():
-            changed = self._db.execute(
-                "UPDATE release SET reply = ? WHERE request_id = ? AND reply IS NULL", (reply, request_id)
-            ).rowcount
-        if changed != 1:
-            raise RuntimeError(f"settle needs an open reservation, found none for {request_id}")
+            query = "SELECT link FROM release WHERE request_id = ? AND reply IS NULL"
+            found = self._db.execute(query, (request_id,)).fetchone()
+            if found is None:
+                raise RuntimeError(f"settle needs an open reservation, found none for {request_id}")
+            self._db.execute(
+                "UPDATE release SET reply = ?, reply_link = ? WHERE request_id = ?",
+                (reply, _link(found[0], hashlib.sha256(reply).hexdigest()), request_id),
+            )
 
     def rows(self, campaign: str | None = None) -> tuple[SpentRow, ...]:
         """Everything released (of one campaign), equal events of a stage merged."""
@@ -185,24 +208,34 @@ class Ledger:
         return tuple(SpentRow(stage=row[0], partition=row[1], event=row[2], count=row[3]) for row in found)
 
     def _check_chain(self) -> None:
+        if self._db.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:  # an index that lost a row would hide a request
+            raise LedgerError("the ledger's file was altered: restore it; it is never repaired")
         link = GENESIS
         query = (
-            "SELECT request_id, request_sha256, campaign, stage, partition, event, count, link, seq FROM release ORDER BY seq"
+            "SELECT request_id, request_sha256, campaign, stage, partition, event, count, reserved_at, link, seq, reply,"
+            " reply_link FROM release ORDER BY seq"
         )
         for position, row in enumerate(self._db.execute(query), start=1):
-            link = _link(link, Release(*row[:7]))
-            if row[7] != link or row[8] != position:
+            link = _link(link, *_fields(Release(*row[:7])), row[7])
+            reply_link = None if row[10] is None else _link(link, hashlib.sha256(row[10]).hexdigest())
+            if row[8:10] != (link, position) or row[11] != reply_link:
                 raise LedgerError(f"the ledger was altered at row {position}: restore it; it is never repaired")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        if self._db.in_transaction:  # `exclusive` began it and ends it
+            yield
+            return
+        with _mapped():
+            self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            with _mapped():
+                self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # also after a commit that failed: what is not on disk must not be read back
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
 
 def epsilon_of_rows(rows: tuple[SpentRow, ...], delta: float) -> float:
@@ -217,7 +250,9 @@ def expand(rows: tuple[SpentRow, ...], partition: Partition) -> list[str]:
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_SECONDS)
-    connection.execute("PRAGMA synchronous=FULL")  # NORMAL lets bytes leave before the spend is on disk
+    # NORMAL lets bytes leave before the spend is on disk; after FULL a power cut may bring the deleted journal, and with it
+    # the ledger before the spend, back
+    connection.execute("PRAGMA synchronous=EXTRA")
     connection.execute("PRAGMA journal_mode=DELETE")
     return connection
 
@@ -227,8 +262,8 @@ def _fields(release: Release) -> tuple[str, str, str, str, str, str, int]:
     return (r.request_id, r.request_sha256, r.campaign, r.stage, r.partition, r.event, r.count)
 
 
-def _link(previous: str, release: Release) -> str:
-    return hashlib.sha256(json.dumps([previous, *_fields(release)]).encode()).hexdigest()
+def _link(previous: str, *fields: str | float) -> str:
+    return hashlib.sha256(json.dumps([previous, *fields]).encode()).hexdigest()
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
-from urna.client.ledger import epsilon_of_rows, expand
+
+from urna.client.ledger import Release, epsilon_of_rows, expand
 from urna.privacy.accounting import epsilon_of
-from urna.protocol.messages import Partition, SpentRow
+from urna.protocol.messages import SpentRow
 from urna.protocol.plan import Name, Plan, Section
 
 
@@ -75,8 +76,7 @@ def admit_plan(policy: Policy, plan: Plan, spent: tuple[SpentRow, ...]) -> Grant
 def admit_release(
     policy: Policy,
     plan: Plan,
-    partition: Partition,
-    event: str,
+    release: Release,
     planned_count: int,
     spent_here: tuple[SpentRow, ...],
     spent_ever: tuple[SpentRow, ...],
@@ -86,14 +86,14 @@ def admit_release(
     Args:
         policy: this site's policy.
         plan: the campaign's plan, as admitted.
-        partition: whose records it is about.
-        event: one release, as JSON.
-        planned_count: how many of these events the campaign will ask for in all; at least one more than so far is used.
+        release: what would be reserved.
+        planned_count: how many of its events the campaign will ask for in all; at least this release is added to those so far.
         spent_here: what this campaign has released.
         spent_ever: what this site has ever released, this campaign included.
     """
+    partition, event = release.partition, release.event
     so_far = sum(row.count for row in spent_here if row.partition == partition and row.event == event)
-    ahead = [event] * max(planned_count, so_far + 1)
+    ahead = [event] * max(planned_count, so_far + release.count)
     campaign = [e for e in expand(spent_here, partition) if e != event] + ahead
     ever = expand(spent_ever, partition) + ahead[so_far:]
     epsilon_campaign = epsilon_of(campaign, plan.privacy.delta)

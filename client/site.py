@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import urna
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
+
+import urna
 from urna.client import ballot, evaluation, training
 from urna.client.data import DataConfig, Records, buckets, load_records, split
 from urna.client.ledger import CampaignRow, Ledger, Release, epsilon_of_rows
@@ -123,7 +124,8 @@ class Site:
         if plan.sha256 != request.plan_sha256:
             raise ProtocolError("the plan and its hash differ")
         verdict = admit_plan(self.config.policy, plan, self.ledger.rows())
-        reasons = (*(verdict.reasons if isinstance(verdict, Denial) else ()), *self._unfit(plan, request.models))
+        denied = verdict.reasons if isinstance(verdict, Denial) else ()
+        reasons = (*denied, *self._other_split(plan), *self._unfit(plan, request.models))
         if reasons:
             self.log.warning("refused campaign %s: %s", request.campaign, "; ".join(reasons))
             return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
@@ -135,7 +137,7 @@ class Site:
         row = CampaignRow(
             campaign=request.campaign,
             request_sha256=envelope.sha256,
-            plan_json=request.plan_json,
+            plan_json=plan.model_dump_json(),  # defaults included
             models=dict(request.models),
             round_key=key.private_bytes_raw(),
             reply=reply.to_bytes(),
@@ -149,29 +151,29 @@ class Site:
             reasons.append(f"task: this site's records have {self.config.data.num_classes} classes")
         for entry in plan.candidates:
             try:
-                if artefact_sha256(entry.name) != models.get(entry.name):
+                found = artefact_sha256(entry.name)
+                if found != models.get(entry.name) or entry.sha256 not in (None, found):
                     reasons.append(f"model {entry.name}: other weights are installed here than the operator pinned")
             except ModelError:
                 reasons.append(f"model {entry.name}: not installed at this site")
         return tuple(reasons)
 
+    def _other_split(self, plan: Plan) -> tuple[str, ...]:
+        """Why this plan may not move records between the partitions: whoever changed sides would be charged for one only."""
+        asked = plan.evaluation.holdout_fraction
+        others = sorted(self.ledger.holdout_fractions() - {asked})
+        return tuple(f"holdout: the plan holds out {asked:g} of the records, this site's releases {one:g}" for one in others)
+
     def _release(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow) -> Envelope:
         known = self.ledger.find(request.request_id, envelope.sha256)
         if isinstance(known, bytes):
             return Envelope.from_bytes(known)
-        check_cohort(request.cohort, max(plan.federation.min_sites, self.config.policy.min_cohort))
-        for member in request.cohort:
-            member.check(self.roster, request.campaign)
-        partition, event, count = described(request, plan)
+        self._check(envelope, request, plan, kept)
         if known is None:
-            here, ever = self.ledger.rows(request.campaign), self.ledger.rows()
-            planned = request.planned_count * count
-            denial = admit_release(self.config.policy, plan, partition, event, planned, here, ever)
-            if denial is not None:
-                self.log.warning("refused %s: %s", request.request_id, "; ".join(denial.reasons))
-                return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=denial.reasons))
-            release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count)
-            self.ledger.reserve(release)
+            reasons = self._reserve(envelope, request, plan)
+            if reasons:
+                self.log.warning("refused %s: %s", request.request_id, "; ".join(reasons))
+                return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
         grid = Grid(request.step_exp, len(request.cohort))
         integers = self._compute(envelope, request, plan, kept, grid)
         role = SiteRole(self.identity.name, X25519PrivateKey.from_private_bytes(kept.round_key), self._min_cohort(plan))
@@ -180,6 +182,33 @@ class Site:
         reply = seal(self.identity, Masked(request_sha256=envelope.sha256), {"masked": masked})
         self.ledger.settle(request.request_id, reply.to_bytes())
         return reply
+
+    def _check(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow) -> None:
+        """Everything that can be wrong with a request by itself, before it costs anything."""
+        own = X25519PrivateKey.from_private_bytes(kept.round_key).public_key().public_bytes_raw().hex()
+        if check_cohort(request.cohort, self._min_cohort(plan)).get(self.identity.name) != own:
+            raise ProtocolError(f"expected {self.identity.name} with its own round key in the cohort, found another or none")
+        for member in request.cohort:
+            member.check(self.roster, request.campaign)
+        heads = _heads(request)
+        asked = request.candidates if isinstance(request, BallotRequest) else tuple(heads.values())
+        foreign = set(asked) - {entry.name for entry in plan.candidates}  # the policy allowed the plan's, no others
+        if foreign:
+            raise ProtocolError(f"expected candidates of the plan, found {', '.join(sorted(foreign))}")
+        for name, candidate in heads.items():
+            self._vector(envelope, name, candidate, plan)
+
+    def _reserve(self, envelope: Envelope, request: Summed, plan: Plan) -> tuple[str, ...]:
+        """Write the reservation, or why not: decided and written while no other process of this site can spend."""
+        partition, event, count = described(request, plan)
+        release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count)
+        with self.ledger.exclusive():
+            here, ever = self.ledger.rows(request.campaign), self.ledger.rows()
+            denial = admit_release(self.config.policy, plan, release, request.planned_count * count, here, ever)
+            reasons = (*(denial.reasons if denial else ()), *self._other_split(plan))
+            if not reasons:
+                self.ledger.reserve(release)
+        return reasons
 
     def _min_cohort(self, plan: Plan) -> int:
         return max(plan.federation.min_sites, self.config.policy.min_cohort)
@@ -197,13 +226,14 @@ class Site:
             case EvaluateRequest():
                 layout = CountLayout(len(request.candidates), plan.task.num_classes if request.detail else 0)
                 features = [normalise_for_head(self._both(name, plan, kept)[1]) for name in request.candidates]
-                vectors = [self._vector(envelope, f"vector-{i}", one, plan) for i, one in enumerate(request.candidates)]
-                rows = evaluation.count_rows(features, vectors, self._split(plan)[1].labels, layout)
+                vectors = [self._vector(envelope, name, one, plan) for name, one in _heads(request).items()]
+                held = self.split_records(plan.evaluation.holdout_fraction)[1]
+                rows = evaluation.count_rows(features, vectors, held.labels, layout)
                 return noisy_sum(rows, 1.0, nm, grid, num_noise_parties=parties)
         raise ProtocolError(f"no work is known for a {type(request).__name__}")
 
     def _votes(self, request: BallotRequest, plan: Plan, kept: CampaignRow) -> npt.NDArray[np.float64]:
-        tuning = self._split(plan)[0]
+        tuning = self.split_records(plan.evaluation.holdout_fraction)[0]
         count = plan.num_buckets(self.config.data.num_records)
         features = [self._both(name, plan, kept)[0] for name in request.candidates]
         return ballot.votes(features, tuning.labels, buckets(tuning, self.data_key, count), count)
@@ -212,7 +242,7 @@ class Site:
         self, envelope: Envelope, request: TrainRequest, plan: Plan, kept: CampaignRow, grid: Grid, parties: int
     ) -> Integers:
         check_head(spec(request.candidate).feature_dim, plan.task.num_classes, seed=0)
-        tuning = self._split(plan)[0]
+        tuning = self.split_records(plan.evaluation.holdout_fraction)[0]
         data = training.TuningSet(normalise_for_head(self._both(request.candidate, plan, kept)[0]), tuning.labels)
         vector = self._vector(envelope, "vector", request.candidate, plan)
         if plan.privacy.noise == "shared":
@@ -230,8 +260,8 @@ class Site:
             raise ProtocolError(f"expected a finite float32 head ({size},) in array {name!r}")
         return np.asarray(vector, dtype=np.float32)
 
-    def _split(self, plan: Plan) -> tuple[Records, Records]:
-        fraction = plan.evaluation.holdout_fraction
+    def split_records(self, fraction: float) -> tuple[Records, Records]:
+        """Tuning and held-out records, read once."""
         if fraction not in self._records:
             self._records[fraction] = split(load_records(self.folder, self.config.data), self.data_key, fraction)
         return self._records[fraction]
@@ -241,7 +271,7 @@ class Site:
         key = (kept.models[candidate], plan.evaluation.holdout_fraction)
         if key not in self._features:
             backbone = load_backbone(candidate, expected_sha256=kept.models[candidate])
-            tuning, held = self._split(plan)
+            tuning, held = self.split_records(plan.evaluation.holdout_fraction)
             self._features[key] = (backbone.features(tuning.images), backbone.features(held.images))
         return self._features[key]
 
@@ -258,6 +288,16 @@ class Site:
             delta=delta,
         )
         return seal(self.identity, statement)
+
+
+def _heads(request: Summed) -> dict[str, Name]:
+    """The arrays that a request brings: the name of each, and the candidate whose head it is."""
+    match request:
+        case TrainRequest():
+            return {"vector": request.candidate}
+        case EvaluateRequest():
+            return {f"vector-{at}": name for at, name in enumerate(request.candidates)}
+    return {}
 
 
 def _stage_epsilon(rows: tuple[SpentRow, ...], stage: Stage, delta: float) -> float:
@@ -287,18 +327,27 @@ def open_site(folder: Path) -> Site:
         LedgerError: the ledger is missing or altered.
     """
     config = load_site_config(folder)
-    key_path = folder / DATA_KEY_FILE
-    if not key_path.is_file() or key_path.stat().st_size != 32:
-        raise SiteConfigError(f"expected the site's data key (32 bytes) at {key_path}: restore it, a new one moves records")
     return Site(
         config=config,
         identity=load_identity(config.name, folder / IDENTITY_FILE),
         roster=load_roster(folder / ROSTER_FILE),
         ledger=Ledger.open(folder / LEDGER_FILE),
-        data_key=key_path.read_bytes(),
+        data_key=load_data_key(folder),
         folder=folder,
-        log=_local_log(config.name, folder),
+        log=local_log(config.name, folder),
     )
+
+
+def load_data_key(folder: Path) -> bytes:
+    """Read the key of the records' split and buckets.
+
+    Raises:
+        SiteConfigError: missing, or not 32 bytes.
+    """
+    path = folder / DATA_KEY_FILE
+    if not path.is_file() or path.stat().st_size != 32:
+        raise SiteConfigError(f"expected the site's data key (32 bytes) at {path}: restore it, a new one moves records")
+    return path.read_bytes()
 
 
 def load_site_config(folder: Path) -> SiteConfig:
@@ -332,11 +381,13 @@ def create_keys(folder: Path, name: str) -> Identity:
     return identity
 
 
-def _local_log(name: str, folder: Path) -> logging.Logger:
+def local_log(name: str, folder: Path) -> logging.Logger:
+    """The log that stays at the site, readable by its owner alone."""
     log = logging.getLogger(f"urna.site.{name}.{folder}")
     log.propagate = False  # not into Flower's log, which the operator can read
     if not log.handlers:
-        handler = logging.FileHandler(folder / LOG_FILE, delay=True, encoding="utf-8")
+        (folder / LOG_FILE).touch(mode=0o600)
+        handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)

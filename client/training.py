@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from urna.models.tuning import head_from_vector, per_example_gradients
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats, Integers, clip_rows, poisson_sample, standard_normal

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import nn
+
 from urna.models.catalogue import CandidateSpec, spec
 from urna.models.vision import adapt, build
 from urna.protocol.errors import ModelError
@@ -124,24 +125,42 @@ def load_backbone(name: str, expected_sha256: str | None = None, root: Path | No
     Raises:
         ModelError: unknown, missing, too large, not safetensors, not the pinned bytes, or not this architecture.
     """
-    facts = spec(name)
     expected = expected_sha256 or artefact_sha256(name, root)
-    path = (root or cache_root()) / name / WEIGHTS_FILE
-    content = _read_limited(name, path, MAX_WEIGHTS_BYTES)
-    _require_safetensors(content, path)
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise ModelError(
-            f"weights of {name!r} must have sha256 {expected}, found {found} in {path}: "
-            f"restore the pinned file, or {_REBUILD} and pin its hash"
-        )
+    return load_backbone_file(name, (root or cache_root()) / spec(name).name / WEIGHTS_FILE, expected)
+
+
+def load_backbone_file(name: str, path: Path, expected_sha256: str) -> Backbone:
+    """Load a candidate from a file of its own, wherever that lies.
+
+    Raises:
+        ModelError: see `load_backbone`.
+    """
+    facts = spec(name)
+    content = read_pinned(name, path, expected_sha256)
     with torch.device("meta"):  # shapes only: no random draw for weights that are replaced at once
         module = build(name)
     tensors = _parse(name, content, module, facts.feature_dim)
     mean, scale = tensors.pop("feature_mean"), tensors.pop("feature_scale")
     module.load_state_dict(tensors, assign=True)
     module.eval().requires_grad_(False)
-    return Backbone(spec=facts, sha256=found, module=module, feature_mean=mean, feature_scale=scale)
+    return Backbone(spec=facts, sha256=expected_sha256, module=module, feature_mean=mean, feature_scale=scale)
+
+
+def read_pinned(name: str, path: Path, expected_sha256: str) -> bytes:
+    """Read a weights file once: of limited size, safetensors by its first bytes, with this hash; nothing is parsed.
+
+    Raises:
+        ModelError: missing, too large, not safetensors, or other bytes than the pinned ones.
+    """
+    content = _read_limited(name, path, MAX_WEIGHTS_BYTES)
+    _require_safetensors(content, path)
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected_sha256:
+        raise ModelError(
+            f"weights of {name!r} must have sha256 {expected_sha256}, found {found} in {path}: "
+            f"restore the pinned file, or {_REBUILD} and pin its hash"
+        )
+    return content
 
 
 def _read_limited(name: str, path: Path, limit_bytes: int) -> bytes:

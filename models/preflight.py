@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+
 from urna.models.tuning import HEAD_FEATURE_NORM, head_from_vector, per_example_gradients, trainable_size
 from urna.protocol.errors import ModelError
 

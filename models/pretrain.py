@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,10 +23,11 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.nn import functional
+
 from urna.models import public_data
 from urna.models.catalogue import CATALOGUE, spec
 from urna.models.loading import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, cache_root, load_backbone, read_manifest
-from urna.models.vision import ARCHITECTURES, RandomFourier, build
+from urna.models.vision import ARCHITECTURES, Components, PatchClusters, RandomFourier, build
 from urna.protocol.errors import ModelError
 
 RECIPE_VERSION = 1  # raise it when the public data or the training changes: stale artefacts are then made anew
@@ -38,7 +40,8 @@ class Recipe:
     """How one backbone is pretrained.
 
     Args:
-        task: `none`, `bandwidth` (random Fourier features), `classes`, `reconstruction` or `rotation`.
+        task: `none`, `bandwidth` (random Fourier features), `components`, `clusters`, `classes` or
+            `reconstruction`.
         num_epochs: Passes over the public examples.
         learning_rate: Peak of a one-cycle schedule of AdamW.
         num_examples: Public examples.
@@ -56,9 +59,13 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "pixels": Recipe("none"),
         "rff": Recipe("bandwidth"),
+        "pca": Recipe("components"),
+        "kmeans": Recipe("clusters"),
+        "mlp": Recipe("classes", num_epochs=6, learning_rate=4e-3),
         "autoencoder": Recipe("reconstruction", num_epochs=10, learning_rate=3e-3),
         "cnn": Recipe("classes", num_epochs=6, learning_rate=4e-3),
-        "conv_gru": Recipe("rotation", num_epochs=4, learning_rate=3e-3),
+        "cnn_random": Recipe("none"),
+        "conv_gru": Recipe("classes", num_epochs=5, learning_rate=4e-3),
         "lstm": Recipe("classes", num_epochs=8, learning_rate=8e-3),
         "vit": Recipe("classes", num_epochs=6, learning_rate=5e-3),
     }
@@ -108,7 +115,7 @@ def pretrain(
     folder = root / spec(name).name
     progress(name, 0.0)
     with _locked(root / f".{name}.lock"):
-        if force or not _is_fresh(name, root, seed):
+        if force or not is_current(name, root, seed):
             with _reproducible(seed):
                 tensors = _train(name, seed, progress)
             _write(folder, safetensors.torch.save(tensors), _config(name, seed), recipe_hash(name, seed))
@@ -123,7 +130,8 @@ def recipe_hash(name: str, seed: int) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _is_fresh(name: str, root: Path, seed: int) -> bool:
+def is_current(name: str, root: Path | None = None, seed: int = 0) -> bool:
+    """Whether an intact artefact of the present recipe is there."""
     try:
         load_backbone(name, root=root)
         return read_manifest(name, root)["recipe"] == recipe_hash(name, seed)
@@ -155,16 +163,15 @@ def _train(name: str, seed: int, progress: Progress) -> dict[str, torch.Tensor]:
     backbone, feature_dim = build(name), spec(name).feature_dim
     if isinstance(backbone, RandomFourier):
         _draw_frequencies(backbone, images)
+    elif isinstance(backbone, Components):
+        _find_components(backbone, images)
+    elif isinstance(backbone, PatchClusters):
+        _find_clusters(backbone, images)
     elif recipe.task == "classes":
         _fit(backbone, nn.Linear(feature_dim, len(public_data.CHARACTERS)), images, labels, recipe, name, progress)
     elif recipe.task == "reconstruction":
         decoder = nn.Sequential(nn.Linear(feature_dim, 128), nn.GELU(), nn.Linear(128, 64))
         _fit(backbone, decoder, images, images.flatten(1), recipe, name, progress)
-    elif recipe.task == "rotation":
-        upright = public_data.patches(recipe.num_examples, torch.Generator().manual_seed(seed))
-        turns = torch.arange(len(upright)) % 4
-        turned = torch.cat([upright[turns == k].rot90(k, (2, 3)) for k in range(4)])
-        _fit(backbone, nn.Linear(feature_dim, 4), turned, turns.sort().values, recipe, name, progress)
     with torch.no_grad():
         features = torch.cat([backbone.eval()(batch) for batch in torch.split(images, 1000)])
     mean = features.mean(0)
@@ -179,6 +186,33 @@ def _draw_frequencies(backbone: RandomFourier, images: torch.Tensor) -> None:
     with torch.no_grad():
         backbone.frequencies.weight.normal_().div_(bandwidth)
         backbone.frequencies.bias.uniform_(0.0, 2.0 * torch.pi)
+
+
+def _find_components(backbone: Components, images: torch.Tensor) -> None:
+    """Principal directions of the public characters, each divided by its spread plus that of the eleventh."""
+    flat = images.flatten(1).double()
+    mean = flat.mean(0)
+    _, spread, directions = torch.linalg.svd(flat - mean, full_matrices=False)
+    size = len(backbone.project.bias)
+    weight = directions[:size] * (math.sqrt(len(flat)) / (spread[:size] + spread[10]))[:, None]
+    weight = weight * weight[:, weight.abs().argmax(1)].diag().sign()[:, None]  # a sign that does not depend on the solver
+    with torch.no_grad():
+        backbone.project.weight.copy_(weight)
+        backbone.project.bias.copy_(-weight @ mean)
+
+
+def _find_clusters(backbone: PatchClusters, images: torch.Tensor, num_steps: int = 15) -> None:
+    """Lloyd's algorithm on patches of public characters that have contrast."""
+    patches = backbone.patches(images[:4000]).flatten(0, 1)
+    patches = patches[patches.std(-1) > 0.5][:20_000]
+    centres = patches[torch.randperm(len(patches))[: len(backbone.centres)]]
+    for _ in range(num_steps):
+        nearest = torch.cdist(patches, centres).argmin(1)
+        ones = functional.one_hot(nearest, len(centres)).to(patches.dtype)  # (n, k)
+        counts = ones.sum(0)[:, None]
+        centres = torch.where(counts > 0, ones.T @ patches / counts.clamp(min=1), centres)
+    with torch.no_grad():
+        backbone.centres.copy_(centres)
 
 
 def _fit(

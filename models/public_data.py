@@ -1,4 +1,4 @@
-"""The public data behind the candidates: rendered characters and patches of two photographs.
+"""The public data behind the candidates: rendered characters.
 
 Characters are drawn as by a pen: each glyph of a font is thinned to its centre line, the line is bent, slanted and
 turned at random, and a pen of random width is drawn along it. The bitmap is then reduced as the NIST forms behind the
@@ -14,8 +14,8 @@ import torch
 from matplotlib import get_data_path
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_sample_images
 from torch.nn import functional
+
 from urna.models.vision import SIDE
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt"  # the 47 classes
@@ -56,24 +56,6 @@ def characters(number: int, generator: torch.Generator) -> tuple[torch.Tensor, t
         images.append(_draw(distances[chosen], generator))
         labels.append(classes[chosen])
     return torch.cat(images), torch.cat(labels)
-
-
-def patches(number: int, generator: torch.Generator) -> torch.Tensor:
-    """Cut random square patches, at three scales, from scikit-learn's two sample photographs.
-
-    Returns:
-        float32 (number, 1, 8, 8), each stretched to [0, 1].
-    """
-    cut: list[torch.Tensor] = []
-    for photograph in load_sample_images().images:
-        grey = torch.from_numpy(photograph.mean(axis=2, dtype=np.float32))[None, None]  # (1, 1, H, W)
-        smaller = (functional.avg_pool2d(grey, shrink) for shrink in (2, 4, 8))
-        cut.extend(functional.unfold(scaled, SIDE, stride=3)[0].T for scaled in smaller)  # each (number, 64)
-    every = torch.cat(cut)  # (all, 64)
-    low, high = every.amin(1, keepdim=True), every.amax(1, keepdim=True)
-    every = ((every - low) / (high - low).clamp(min=1.0))[(high - low).squeeze(1) > 40.0]  # flat sky teaches nothing
-    chosen = torch.randint(len(every), (number,), generator=generator)
-    return every[chosen].view(number, 1, SIDE, SIDE)
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
+
 from urna.protocol.errors import ModelError
 
 HEAD_FEATURE_NORM = 3.0  # norm of every non-zero record's features before the head

@@ -13,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
+
 from urna.models.catalogue import spec
 from urna.protocol.errors import ModelError
 
 SIDE = 8  # height and width, in pixels, of what every backbone reads
+PATCH = 4  # side of a patch of `PatchClusters`
 
 
 def adapt(images: NDArray[np.floating]) -> torch.Tensor:
@@ -67,8 +69,44 @@ class RandomFourier(nn.Module):
         return math.sqrt(2.0 / projected.shape[1]) * torch.cos(projected)
 
 
+class Components(nn.Module):
+    """Principal components of public images, softly whitened: a linear map."""
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(SIDE * SIDE, feature_dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, 1, 8, 8) -> (n, feature_dim)."""
+        projected: torch.Tensor = self.project(images.flatten(1))
+        return projected
+
+
+class PatchClusters(nn.Module):
+    """How near each 4x4 patch is to k centres of public patches, averaged per quadrant (Coates, Lee, Ng 2011, "triangle")."""
+
+    def __init__(self, clusters: int) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.zeros(clusters, PATCH * PATCH))
+
+    @staticmethod
+    def patches(images: torch.Tensor) -> torch.Tensor:
+        """(n, 1, 8, 8) -> (n, 25, 16), each of mean 0 and about unit contrast."""
+        raw = functional.unfold(images, PATCH).transpose(1, 2)
+        centred = raw - raw.mean(-1, keepdim=True)
+        patches: torch.Tensor = centred / (centred.std(-1, keepdim=True) + 0.1)
+        return patches
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, 1, 8, 8) -> (n, 4 * clusters)."""
+        distances = torch.cdist(self.patches(images), self.centres)  # (n, 25, k)
+        near = functional.relu(distances.mean(-1, keepdim=True) - distances)
+        maps = near.transpose(1, 2).reshape(len(images), -1, SIDE - PATCH + 1, SIDE - PATCH + 1)
+        return functional.adaptive_avg_pool2d(maps, 2).flatten(1)
+
+
 class Encoder(nn.Module):
-    """The encoder half of an autoencoder: 64 -> hidden -> code."""
+    """One hidden layer, 64 -> hidden -> code: half an autoencoder, or a perceptron's lower part."""
 
     def __init__(self, hidden: int, feature_dim: int) -> None:
         super().__init__()
@@ -178,8 +216,12 @@ ARCHITECTURES: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, int]]] 
     {
         "pixels": (Pixels, {}),
         "rff": (RandomFourier, {"feature_dim": 512}),
+        "pca": (Components, {"feature_dim": 32}),
+        "kmeans": (PatchClusters, {"clusters": 48}),
+        "mlp": (Encoder, {"hidden": 128, "feature_dim": 64}),
         "autoencoder": (Encoder, {"hidden": 128, "feature_dim": 48}),
         "cnn": (ConvNet, {"channels": 16, "feature_dim": 64}),
+        "cnn_random": (ConvNet, {"channels": 16, "feature_dim": 64}),
         "conv_gru": (ConvGRU, {"channels": 16, "feature_dim": 64}),
         "lstm": (RowLSTM, {"hidden": 48}),
         "vit": (VisionTransformer, {"width": 48, "depth": 2, "num_heads": 4}),

@@ -22,6 +22,7 @@ from functools import lru_cache
 
 import dp_accounting
 from dp_accounting import pld, rdp
+
 from urna.protocol.messages import BallotRequest, EvaluateRequest, Partition, Summed, TrainRequest
 from urna.protocol.plan import Plan
 
@@ -71,9 +72,16 @@ def event_from_json(text: str) -> dp_accounting.DpEvent:
         ValueError: the description is of no mechanism that this version knows.
     """
     match json.loads(text):
-        case {"GaussianDpEvent": {"noise_multiplier": float() | int() as multiplier, **rest}} if not rest:
+        case {"GaussianDpEvent": {"noise_multiplier": float() as multiplier, **rest}, **more} if not rest and not more:
             return dp_accounting.GaussianDpEvent(_positive(multiplier, "noise_multiplier"))
-        case {"PoissonSampledDpEvent": {"sampling_probability": float() as rate, "event": inner, **rest}} if not rest:
+        case {
+            "PoissonSampledDpEvent": {
+                "sampling_probability": float() as rate,
+                "event": {"GaussianDpEvent": _} as inner,
+                **rest,
+            },
+            **more,
+        } if 0 < rate < 1 and not rest and not more:
             return dp_accounting.PoissonSampledDpEvent(rate, event_from_json(json.dumps(inner)))
     raise ValueError(f"expected a release that this version can account for, found {text[:200]}: update urna")
 
@@ -117,6 +125,21 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 def mu_for(epsilon: float, delta: float) -> float:
     """The largest Gaussian-DP ``mu`` that stays within (epsilon, delta), rounded down (Dong, Roth, Su 2019)."""
     return _largest(lambda mu: gaussian_delta(mu, epsilon) <= delta, 1e-6, 1e3)
+
+
+def gaussian_mu_squared(events: Iterable[str]) -> float:
+    """The squared mu of Gaussian releases together: they add up (Dong, Roth, Su 2019, corollary 3.3).
+
+    Raises:
+        ValueError: an event is not a plain Gaussian release.
+    """
+    total = 0.0
+    for text in events:
+        event = event_from_json(text)
+        if not isinstance(event, dp_accounting.GaussianDpEvent):
+            raise ValueError(f"expected Gaussian releases only, found {text}")
+        total += float(event.noise_multiplier) ** -2
+    return total
 
 
 def noise_multiplier_for(

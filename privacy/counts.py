@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from urna.privacy.mechanisms import Floats
 
 COUNT_WEIGHT = math.sqrt(0.2)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from urna.privacy.mechanisms import Floats, Integers, clip_rows
 
 RING_BITS = 32
-RING_HALF = 2 ** (RING_BITS - 1)  # as an integer: in float32, 2**31 - 1 would round up to 2**31
+RING_HALF = 1 << (RING_BITS - 1)  # as an integer: in float32, 2**31 - 1 would round up to 2**31
 Ring = npt.NDArray[np.uint32]
 
 
@@ -47,7 +48,7 @@ class Grid:
     @property
     def step(self) -> float:
         """The distance of two neighbouring values."""
-        return 2.0**self.step_exp
+        return math.ldexp(1.0, self.step_exp)
 
     @property
     def bound(self) -> int:
@@ -66,7 +67,7 @@ class Grid:
 
         Raises:
             ProtocolError: a number is not finite.
-            ValueError: the step is too coarse for ``max_norm`` and p.
+            ValueError: the step is too coarse for ``max_norm`` and p, or too fine for the ring, whatever the rows.
         """
         limit = self.units(max_norm)
         slack = math.sqrt(rows.shape[1]) / 2 + 1
@@ -74,6 +75,8 @@ class Grid:
             raise ValueError(
                 f"a clip of {max_norm:g} is {limit} grid units, too few for {rows.shape[1]} numbers: use a finer step"
             )
+        if limit >= RING_HALF:  # so that squares below stay under 2**62 and no error depends on the records
+            raise ValueError(f"a clip of {max_norm:g} is {limit} grid units, more than the ring holds: use a coarser step")
         integers = np.rint(clip_rows(rows / self.step, limit - slack)).astype(np.int64)
         if exact_squared_norms(integers).max(initial=0) > limit * limit:  # cannot happen; the proof rests on it
             raise RuntimeError("a quantised row is longer than its clip")
@@ -81,7 +84,7 @@ class Grid:
 
     def quantise(self, vector: Floats) -> Integers:
         """Put one vector (p,) on the grid, nearest value, without a clip: for numbers that are already released."""
-        return np.rint(clip_rows(vector[None] / self.step, 2.0**62)[0]).astype(np.int64)
+        return np.asarray(np.rint(clip_rows(vector[None] / self.step, 2.0**62)[0]), dtype=np.int64)
 
     def to_ring(self, integers: Integers) -> Ring:
         """Clamp to the summand's part of the ring and represent modulo 2**32."""
@@ -97,12 +100,12 @@ def exact_squared_norms(integers: Integers) -> Integers:
     """Squared L2 norms of the rows of (n, p), without rounding.
 
     Raises:
-        ValueError: the squares could exceed int64.
+        ValueError: a row's squares could exceed int64.
     """
-    largest = int(np.abs(integers).max(initial=0))
-    if largest * largest * max(1, integers.shape[1]) >= 2**63:
-        raise ValueError(f"integers of up to {largest} are too large to square exactly: use a coarser step")
-    return np.einsum("ij,ij->i", integers, integers)
+    estimate = float(np.square(integers.astype(np.float64)).sum(axis=1).max(initial=0.0))  # right to p * 2**-53
+    if estimate >= 2.0**62:
+        raise ValueError(f"a row of length {math.sqrt(estimate):g} is too long to square exactly: use a coarser step")
+    return np.asarray(np.einsum("ij,ij->i", integers, integers), dtype=np.int64)
 
 
 def grid_for(largest_sum: float, num_summands: int) -> Grid:

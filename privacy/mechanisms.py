@@ -6,15 +6,17 @@ Covered:
     * a non-finite number is an error, never an integer, and never switches a clip off.
 Not covered:
     * timing: the time a draw takes is not hidden;
-    * the tail beyond 8.6 standard deviations, which 53-bit Box-Muller cannot reach (its mass, below 1e-16 a draw,
+    * the tail beyond 8.5 standard deviations, which 52-bit Box-Muller cannot reach (its mass, below 1e-16 a draw,
       is far below any delta that a plan can ask for).
 """
 
+import math
 import os
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
 from urna.protocol.errors import ProtocolError
 
 Floats = npt.NDArray[np.float64]
@@ -33,9 +35,13 @@ def key_stream(key: bytes, size: int) -> bytes:
 
 
 def uniform(size: int) -> Floats:
-    """Draw ``size`` uniform numbers in (0, 1): 53 random bits each, centred in their cell so that 0 never occurs."""
-    bits = np.frombuffer(random_bytes(8 * size), dtype="<u8") >> np.uint64(11)
-    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+    """Draw ``size`` uniform numbers in (0, 1): 52 random bits each, centred in their cell so that neither 0 nor 1 occurs."""
+    return (_random_integers(size, 52).astype(np.float64) + 0.5) * 2.0**-52  # exact: 53 bits
+
+
+def _random_integers(size: int, bits: int) -> npt.NDArray[np.uint64]:
+    """Draw ``size`` integers in 0 ... 2**bits - 1."""
+    return np.frombuffer(random_bytes(8 * size), dtype="<u8").astype(np.uint64) >> np.uint64(64 - bits)
 
 
 def standard_normal(size: int) -> Floats:
@@ -67,7 +73,7 @@ def poisson_sample(size: int, sample_rate: float) -> npt.NDArray[np.bool_]:
 
     The rate that is used is rounded down to a multiple of 2**-53, so never above the one that is accounted.
     """
-    return uniform(size) < sample_rate
+    return _random_integers(size, 53) < np.uint64(math.floor(sample_rate * 2.0**53))
 
 
 def clip_rows(rows: Floats, max_norm: float) -> Floats:
@@ -79,6 +85,6 @@ def clip_rows(rows: Floats, max_norm: float) -> Floats:
     if not np.isfinite(rows).all():
         raise ProtocolError("expected finite numbers before the clip, found NaN or infinity: nothing is released")
     largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-    scaled = rows / np.maximum(largest, 1e-300)  # so that squares of large numbers do not overflow
-    norms = largest * np.sqrt((scaled**2).sum(axis=1, keepdims=True))
-    return np.asarray(rows * np.minimum(1.0, max_norm / np.maximum(norms, 1e-300)), dtype=np.float64)
+    scaled = rows / np.where(largest > 0, largest, 1.0)  # largest entry 1: squares neither overflow nor vanish
+    allowed = max_norm / np.maximum(np.sqrt((scaled**2).sum(axis=1, keepdims=True)), 1.0)  # for the largest entry
+    return np.where(largest > allowed, scaled * allowed, rows)

@@ -1,6 +1,7 @@
 """One site's part of a Gaussian release: rows -> clipped integers -> sum + its share of the noise.
 
-Every number that leaves a site (votes, gradients, counts) takes this way; there is no second one.
+Votes, gradients and counts take this way. What does not: the change of a head with noise = "local", whose noise is added
+in floating point inside the steps (`client.training.local_steps`).
 
 Covered:
     * sensitivity: adding or removing one row changes the integer sum by at most ``sensitivity_clips`` clips in L2;
@@ -12,6 +13,7 @@ Not covered:
 import math
 
 import numpy as np
+
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats, Integers, integer_noise
 
@@ -42,7 +44,7 @@ def noisy_sum(
         ProtocolError: a number is not finite.
         ValueError: the grid is too coarse for this clip or noise.
     """
-    total = grid.quantise_rows(rows, max_norm).sum(axis=0, dtype=np.int64)
+    total: Integers = grid.quantise_rows(rows, max_norm).sum(axis=0, dtype=np.int64)
     return total + noise_share(total.size, max_norm, noise_multiplier, grid, num_noise_parties, sensitivity_clips)
 
 

@@ -31,6 +31,7 @@ from cryptography.exceptions import InvalidKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
 from urna.privacy.fixed_point import Ring
 from urna.privacy.mechanisms import key_stream
 from urna.protocol.errors import ProtocolError

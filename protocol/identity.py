@@ -12,11 +12,12 @@ Not covered (yet):
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
 from urna.protocol.errors import SignatureError, SiteConfigError
 from urna.protocol.plan import Name, explain, read_text
 
@@ -29,6 +30,17 @@ class Roster(BaseModel, frozen=True, extra="forbid"):
 
     operator: PublicKeyHex
     sites: dict[Name, PublicKeyHex]
+
+    @model_validator(mode="after")
+    def _one_key_one_member(self) -> Self:
+        """A cohort is counted by names: one member under two would count twice."""
+        keys = [self.operator, *self.sites.values()]
+        if OPERATOR in self.sites:
+            raise ValueError(f"a site may not be called {OPERATOR}: rename it")
+        if len(set(keys)) != len(keys):
+            twice = sorted(name for name, key in [(OPERATOR, self.operator), *self.sites.items()] if keys.count(key) > 1)
+            raise ValueError(f"each member must have its own key, found one of {', '.join(twice)} twice: make another")
+        return self
 
     def key_of(self, name: str) -> str:
         """The pinned key of a member.

@@ -15,14 +15,16 @@ Not covered:
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
-from urna.protocol.errors import FailureCode, ProtocolError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from urna.protocol.errors import FailureCode, ProtocolError, SignatureError
 from urna.protocol.identity import Identity, PublicKeyHex, Roster, verify
 from urna.protocol.plan import Name
 
@@ -37,10 +39,13 @@ Stage = Literal["hello", "ballot", "runoff", "final", "evaluation", "close"]
 Partition = Literal["tuning", "heldout"]  # of a site's records, by a keyed hash of each id
 AnyArray = npt.NDArray[Any]  # of the types in ARRAY_TYPES only
 ARRAY_TYPES = ("float32", "uint32")
+RAW = "urna.raw"  # how arrays travel in Flower records: their bytes, little-endian, in C order
 
 
-class Message(BaseModel, frozen=True, extra="forbid"):
+class Message(BaseModel):
     """What all bodies share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
 
@@ -63,8 +68,11 @@ class Member(Message):
         """Check the signature against the pinned identity.
 
         Raises:
-            SignatureError: the key or size was not signed by this site for this campaign.
+            SignatureError: no site of the roster (the operator is none), or the key or size was not signed by this site for
+                this campaign.
         """
+        if self.site not in roster.sites:
+            raise SignatureError(f"expected a site of the roster, found {self.site!r}: ask for a new roster")
         data = _member_bytes(campaign, self.public_key, self.num_records)
         verify(roster, self.site, "member", data, bytes.fromhex(self.signature))
 
@@ -208,7 +216,7 @@ class Envelope:
         from safetensors.numpy import save
 
         metadata = {"sender": self.sender, "body": self.body.decode(), "signature": self.signature.hex()}
-        return save({name: np.ascontiguousarray(array) for name, array in self.arrays.items()}, metadata)
+        return save({name: np.asarray(array, order="C") for name, array in self.arrays.items()}, metadata)
 
     @staticmethod
     def from_bytes(data: bytes) -> "Envelope":
@@ -217,8 +225,6 @@ class Envelope:
         Raises:
             ProtocolError: not such bytes.
         """
-        import json
-
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -278,12 +284,12 @@ def _check(envelope: Envelope, roster: Roster, sender: str) -> None:
 
 
 def _signed_bytes(body: bytes, arrays: Mapping[str, AnyArray]) -> bytes:
-    """The body and a line for each array: name, type, shape and hash of its bytes."""
+    """The body and, for each array, name, type, shape and hash of its bytes; as JSON, so that no name can pose as two."""
     lines = [
-        f"{name} {array.dtype} {array.shape} {hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}"
+        [name, str(array.dtype), list(array.shape), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()]
         for name, array in sorted(arrays.items())
     ]
-    return len(body).to_bytes(8, "big") + body + "\n".join(lines).encode()
+    return len(body).to_bytes(8, "big") + body + json.dumps(lines).encode()
 
 
 def _summary(error: ValidationError) -> str:
@@ -296,12 +302,18 @@ def to_record(envelope: Envelope) -> "RecordDict":
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
     header = ConfigRecord({"sender": envelope.sender, "body": envelope.body, "signature": envelope.signature})
-    arrays = ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in envelope.arrays.items()})
+    arrays = ArrayRecord({name: Array(str(one.dtype), one.shape, RAW, _raw(one)) for name, one in envelope.arrays.items()})
     return RecordDict({"envelope": header, "arrays": arrays})
 
 
+def _raw(array: AnyArray) -> bytes:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
 def from_record(record: "RecordDict") -> Envelope:
-    """The inverse of `to_record`; declared types and shapes are those of the data, not of Flower's header.
+    """The inverse of `to_record`.
+
+    A peer's bytes never reach numpy's file reader, which raises many things and allocates what a header says.
 
     Raises:
         ProtocolError: not an Urna message.
@@ -309,9 +321,15 @@ def from_record(record: "RecordDict") -> Envelope:
     try:
         header, arrays = record.config_records["envelope"], record.array_records["arrays"]
         sender, body, signature = header["sender"], header["body"], header["signature"]
-        loaded = {name: array.numpy() for name, array in arrays.items()}
-    except (KeyError, ValueError, TypeError, OSError) as error:
+        loaded = {name: _from_raw(array.dtype, tuple(array.shape), array.stype, array.data) for name, array in arrays.items()}
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise ProtocolError(f"expected an Urna message, found another: {type(error).__name__}") from None
     if not (isinstance(sender, str) and isinstance(body, bytes) and isinstance(signature, bytes)):
         raise ProtocolError("expected an Urna message, found fields of other types")
     return Envelope(sender, body, signature, loaded)
+
+
+def _from_raw(dtype: str, shape: tuple[int, ...], kind: str, data: bytes) -> AnyArray:
+    if kind != RAW or dtype not in ARRAY_TYPES or min(shape, default=0) < 0:
+        raise ValueError("not an array of this protocol")
+    return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape).astype(dtype)

@@ -11,7 +11,8 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
 from urna.protocol.errors import PlanError
 
 PLAN_LIMIT_BYTES = 1_000_000  # refused before it is parsed
@@ -20,8 +21,24 @@ Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
-class Section(BaseModel, frozen=True, extra="forbid"):
+class Section(BaseModel):
     """A part of a document that a person writes: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """Pydantic alone reads "3.0" and true as numbers, and takes infinity and integers that no JSON reader takes back."""
+        field = cls.model_fields.get(info.field_name or "")
+        if field is not None and field.annotation in (int, float):
+            if isinstance(value, str | bool):
+                raise ValueError("input should be a number, without quotes")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError("input should be a finite number")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError("input should be below 2**63")
+        return value
 
 
 class Task(Section):
@@ -109,8 +126,8 @@ class Evaluation(Section):
 
     holdout_fraction: Annotated[float, Field(ge=0.05, le=0.5)] = 0.2
     num_curve_points: Annotated[int, Field(ge=0, le=20)] = 4
-    curve_budget_fraction: Fraction = 0.2  # of the held-out records' squared mu, for all curve points together
-    runoff_budget_fraction: Fraction = 0.2  # likewise, for comparing the finalists
+    curve_budget_fraction: Fraction = 0.1  # of the held-out records' squared mu, for all curve points together
+    runoff_budget_fraction: Fraction = 0.15  # likewise, for comparing the finalists
     max_attempts: Annotated[int, Field(ge=1, le=5)] = 2
 
 
@@ -151,6 +168,12 @@ class Plan(Section):
                 f"privacy.max_colluding_sites must be at most federation.min_sites - 2 = "
                 f"{self.federation.min_sites - 2}, found {self.privacy.max_colluding_sites}: "
                 "with fewer than two honest sites a sum hides nothing"
+            )
+        if self.evaluation.curve_budget_fraction + self.evaluation.runoff_budget_fraction > 0.9:
+            together = self.evaluation.curve_budget_fraction + self.evaluation.runoff_budget_fraction
+            raise ValueError(
+                f"evaluation.curve_budget_fraction and evaluation.runoff_budget_fraction may take 0.9 together, "
+                f"found {together:g}: leave some for the final counts"
             )
         if self.privacy.noise == "shared" and self.final.local_steps != 1:
             raise ValueError(
@@ -200,9 +223,13 @@ def parse_plan(text: str) -> Plan:
             what was found and what to do.
     """
     try:
-        return Plan.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        document = tomllib.loads(text)
+    except ValueError as error:  # syntax, or an integer of thousands of digits
         raise PlanError(f"the plan must be TOML, found a syntax error: {error}") from None
+    except RecursionError:
+        raise PlanError("the plan must be TOML, found brackets nested too deep: a plan has three levels") from None
+    try:
+        return Plan.model_validate(document)
     except ValidationError as error:
         raise PlanError(explain(error, Plan)) from None
 
@@ -241,10 +268,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _explain_one(item: dict[str, object], model: type[BaseModel]) -> str:
     location = item["loc"]
     assert isinstance(location, tuple)
-    field = ".".join(str(part) for part in location)
+    field = ".".join(_one_line(part) for part in location)
     if item["type"] == "extra_forbidden":
         known = _fields_at(location[:-1], model)
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        close = difflib.get_close_matches(str(location[-1])[:80], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {field}: {hint}"
     if item["type"] == "missing":
@@ -252,9 +279,21 @@ def _explain_one(item: dict[str, object], model: type[BaseModel]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not field:
         return message
-    found = item["input"]
-    shown = repr(found) if not isinstance(found, float) or math.isfinite(found) else str(found)
-    return f"{field}: {message[0].lower()}{message[1:]}, found {shown if len(shown) < 80 else shown[:77] + '...'}"
+    return f"{field}: {message[0].lower()}{message[1:]}, found {_shown(item['input'])}"
+
+
+def _one_line(part: object) -> str:
+    """A key as it was written, unless quotes let it hold line breaks or a whole page."""
+    text = str(part)
+    return text if text.isprintable() and len(text) <= 80 else _shown(text)
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print an integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _fields_at(location: tuple[object, ...], model: type[BaseModel]) -> list[str]:

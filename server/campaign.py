@@ -5,7 +5,6 @@ step gives back what was recorded, so the story reads as if nothing had stopped 
 """
 
 import platform
-import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +12,11 @@ from pathlib import Path
 import urna
 from urna.models.catalogue import spec
 from urna.privacy.accounting import gaussian
-from urna.protocol.errors import PlanError, RunError
+from urna.protocol.errors import PlanError
 from urna.protocol.identity import Identity, Roster
 from urna.protocol.messages import Stage
 from urna.protocol.plan import Plan
-from urna.server.journal import Journal, Json
+from urna.server.journal import Journal, Json, recorded_plan
 from urna.server.rounds import Rounds, Transport
 from urna.server.stages import Stages
 from urna.strategies import ballot, budget, runoff
@@ -126,13 +125,15 @@ class Campaign:
             for index in range(1, schedule.runoff_rounds + 1):
                 state = self._step("runoff", f"runoff/{name}/{index}", name, state, index, schedule)
             states.append(state)
-        multiplier = budget.evaluation_budget(self.plan).runoff
-        attempts = self.plan.evaluation.max_attempts
-        counts = self.stages.count("runoff", schedule.finalists, states, multiplier, attempts, detail=False)
         names = schedule.finalists
-        winner = names[0] if counts is None else runoff.winner(names, counts.accuracy)
-        by = "ballot's leader, for the runoff's comparison was lost" if counts is None else "runoff"
-        return winner, by, states[names.index(winner)]
+        models = dict(zip(names, states, strict=True))
+        multiplier, attempts = budget.evaluation_budget(self.plan).runoff, self.plan.evaluation.max_attempts
+        for attempt in range(1, attempts + 1):
+            counts = self.stages.count("runoff", attempt, models, multiplier, attempts)
+            if counts is not None:
+                winner = runoff.winner(names, counts.accuracy)
+                return winner, "runoff", models[winner]
+        return names[0], "ballot's leader, for the runoff's comparison was lost", states[0]
 
     def _final(self, winner: str, state: OptimizerState, schedule: Schedule) -> OptimizerState:
         self.stages.rounds.everyone_back()
@@ -142,7 +143,7 @@ class Campaign:
             state = self._step("final", f"final/{index}", winner, state, index, schedule)
             if index in points:
                 multiplier = budget.evaluation_budget(self.plan).curve
-                self.stages.count(f"curve-{index}", (winner,), (state,), multiplier, 1, detail=False)
+                self.stages.count(f"curve-{index}", 1, {winner: state}, multiplier, len(points))
         if self.journal.find("model") is None:
             self.journal.record("model", {"candidate": winner, "steps": state.step}, {"vector": state.vector.astype("float32")})
         return state
@@ -152,8 +153,12 @@ class Campaign:
 
     def _evaluate(self, winner: str, state: OptimizerState) -> None:
         self.stages.rounds.everyone_back()
-        multiplier = budget.evaluation_budget(self.plan).final
-        self.stages.count("final", (winner,), (state,), multiplier, self.plan.evaluation.max_attempts, detail=True)
+        attempts = self.plan.evaluation.max_attempts
+        for attempt in range(1, attempts + 1):
+            spent = self.stages.asked_events("heldout")
+            multiplier = budget.final_counts_noise_multiplier(self.plan, spent, last_attempt=attempt == attempts)
+            if self.stages.count("final", attempt, {winner: state}, multiplier, 1, detail=True) is not None:
+                return
 
 
 def curve_points(done: int, last: int, count: int) -> set[int]:
@@ -179,27 +184,6 @@ def run_campaign(run_dir: Path, transport: Transport, identity: Identity, roster
         Campaign(plan, journal, Stages(run_dir.name, plan, journal, rounds)).run()
     finally:
         journal.close()
-
-
-def begin(run_dir: Path, plan: Plan, engine: str) -> None:
-    """Make a run's folder and write the plan into its journal; nothing is asked yet."""
-    journal = Journal.open_for_writing(run_dir)
-    plan_json = plan.model_dump(mode="json")
-    value: Json = {"plan": plan_json, "plan_sha256": plan.sha256, "engine": engine, "started_at": time.time()}
-    journal.once("run", lambda: value)
-    journal.close()
-
-
-def recorded_plan(journal: Journal) -> Plan:
-    """The plan of a run.
-
-    Raises:
-        RunError: the journal has none.
-    """
-    entry = journal.find("run")
-    if entry is None:
-        raise RunError(f"the journal of {journal.run_dir} holds no plan: start a new run")
-    return Plan.model_validate(entry.value["plan"])
 
 
 def versions() -> dict[str, str]:

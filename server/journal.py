@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
 from urna.protocol.errors import RunError
 from urna.protocol.messages import AnyArray
+from urna.protocol.plan import Plan
 
 JOURNAL_FILE = "journal.sqlite"
 LOCK_FILE = "journal.lock"
@@ -62,11 +64,9 @@ class Journal:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = (run_dir / LOCK_FILE).open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(lock, patience_seconds=1.0):  # a glance by `is_running` holds it for an instant
             lock.close()
-            raise RunError(f"{run_dir} is being run by another process: wait for it, or end it first") from None
+            raise RunError(f"{run_dir} is being run by another process: wait for it, or end it first")
         lock.seek(0)
         lock.truncate()
         lock.write(str(os.getpid()))
@@ -90,7 +90,11 @@ class Journal:
             raise RunError(f"expected a run's folder (with {JOURNAL_FILE}), found none at {run_dir}: see `urna status`")
         with _mapped(run_dir):
             connection = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True, isolation_level=None, timeout=30)
-            connection.execute("SELECT 1 FROM entry LIMIT 1")
+            try:
+                connection.execute("SELECT 1 FROM entry LIMIT 1")
+            except sqlite3.Error:
+                connection.close()
+                raise
         return Journal(run_dir, connection, None)
 
     def close(self) -> None:
@@ -138,17 +142,48 @@ class Journal:
             return [_entry(row) for row in self._db.execute(query, (after,)).fetchall()]
 
 
+def begin(run_dir: Path, plan: Plan, engine: str) -> None:
+    """Make a run's folder and write the plan into its journal; nothing is asked yet."""
+    journal = Journal.open_for_writing(run_dir)
+    plan_json = plan.model_dump(mode="json")
+    value: Json = {"plan": plan_json, "plan_sha256": plan.sha256, "engine": engine, "started_at": time.time()}
+    journal.once("run", lambda: value)
+    journal.close()
+
+
+def recorded_plan(journal: Journal) -> Plan:
+    """The plan of a run.
+
+    Raises:
+        RunError: the journal has none.
+    """
+    entry = journal.find("run")
+    if entry is None:
+        raise RunError(f"the journal of {journal.run_dir} holds no plan: start a new run")
+    return Plan.model_validate(entry.value["plan"])
+
+
 def is_running(run_dir: Path) -> bool:
     """Whether a process holds the run's lock at this moment."""
     path = run_dir / LOCK_FILE
     if not path.is_file():
         return False
     with path.open() as file:
+        return not _locked(file)
+
+
+def _locked(file: IO[str], patience_seconds: float = 0.0) -> bool:
+    """Take the lock, for as long as the file stays open; whether that worked."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        else:
             return True
-    return False
 
 
 def _entry(row: tuple[int, str, float, str, bytes | None]) -> Entry:

@@ -103,6 +103,7 @@ def _read(reply: object) -> Envelope | None:
 
     assert isinstance(reply, FlowerMessage)
     if reply.has_error():
+        log.warning("Flower could not deliver to node %s: error %s", reply.metadata.src_node_id, reply.error.code)
         return None
     try:
         return from_record(reply.content)
@@ -118,6 +119,7 @@ class Outcome:
     key: str
     total: Floats | None
     members: tuple[Member, ...]
+    noise_multiplier: float  # as it was asked
     dropped: Mapping[str, str]  # site -> refusal, code or "silent"
 
 
@@ -209,11 +211,11 @@ class Rounds:
         """
         done = self._journal.find(f"round/{key}")
         if done is not None:
-            total = done.arrays["total"] if "total" in done.arrays else None
+            total = done.arrays.get("total")
             asked = self._journal.find(f"ask/{key}")
             assert asked is not None  # it is recorded before it is sent
-            members = _summed(self._restored(asked.value, {})).cohort
-            return Outcome(key, total, members, done.value["dropped"])
+            kept = _summed(self._restored(asked.value, {}))
+            return Outcome(key, total, kept.cohort, kept.noise_multiplier, done.value["dropped"])
         started = time.time()
         request, envelope = self._asked(key, make)
         cohort = tuple(member.site for member in request.cohort)
@@ -232,17 +234,23 @@ class Rounds:
             **facts(request),
         }
         self._journal.record(f"round/{key}", value, None if total is None else {"total": total})
-        return Outcome(key, total, request.cohort, dropped)
+        return Outcome(key, total, request.cohort, request.noise_multiplier, dropped)
 
     def ask_all(self, key: str, route: str, request: Request) -> dict[str, AnyReply]:
-        """Ask every member something that is no sum; whoever answers well is in the result."""
+        """Ask every member something that is no sum; whoever answers well is in the result.
+
+        The signed bytes are kept under ``reply/<key>/<site>``, so that anyone with the roster can check them later.
+        """
         envelope = self._sealed(key, request, {})
         answers: dict[str, AnyReply] = {}
         nodes = {self._address[site]: site for site in self._members}
         for node, reply in self._transport.ask(route, dict.fromkeys(nodes, envelope), self._timeout_seconds):
             try:
                 if reply is not None:
-                    answers[nodes[node]] = open_reply(reply, self._roster, nodes[node], envelope)
+                    site = nodes[node]
+                    answers[site] = open_reply(reply, self._roster, site, envelope)
+                    signed = {"body": reply.body.decode(), "signature": reply.signature.hex()}
+                    self._journal.once(f"reply/{key}/{site}", lambda signed=signed: signed)  # type: ignore[misc]
             except ProtocolError as error:
                 log.warning("an answer was not believed: %s", error)
         return answers
@@ -297,6 +305,7 @@ class Rounds:
 
 def _summed(envelope: Envelope) -> Summed:
     from pydantic import TypeAdapter
+
     from urna.protocol.messages import BallotRequest, EvaluateRequest, TrainRequest
 
     adapter: TypeAdapter[Summed] = TypeAdapter(BallotRequest | TrainRequest | EvaluateRequest)

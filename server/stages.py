@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from urna.models.catalogue import spec
 from urna.models.loading import artefact_sha256
 from urna.models.tuning import trainable_size
@@ -82,7 +83,7 @@ class Stages:
 
             outcome = self._sum(f"ballot/{attempt}", "query.ballot", ask, len(names), {"attempt": attempt})
             if outcome.total is not None:
-                std = self.noise_std(multiplier, 2 * clip, len(outcome.members))
+                std = self.noise_std(outcome.noise_multiplier, 2 * clip, len(outcome.members))
                 return ballot.rank(names, outcome.total, std, self._num_buckets(outcome.members))
         return None
 
@@ -111,32 +112,43 @@ class Stages:
     def count(
         self,
         key: str,
-        names: Sequence[str],
-        states: Sequence[OptimizerState],
+        attempt: int,
+        models: Mapping[str, OptimizerState],
         multiplier: float,
-        attempts: int,
+        planned: int,
         *,
-        detail: bool,
+        detail: bool = False,
     ) -> Counts | None:
-        """Noisy held-out counts of one or several heads; None when every attempt was lost."""
+        """Noisy held-out counts of one or several candidates' heads.
+
+        Args:
+            key: what they are for; names the journal's entry.
+            attempt: 1, 2, ...; each is a release of its own.
+            models: candidates and their heads.
+            multiplier: noise of this attempt.
+            planned: how many releases of this multiplier the campaign will ask for.
+            detail: whether the confusion matrix leaves too.
+
+        Returns:
+            What can be read from the sum; None when the round was lost.
+        """
+        names = tuple(models)
         layout = CountLayout(len(names), self.plan.task.num_classes if detail else 0)
-        vectors = {f"vector-{at}": state.vector.astype(np.float32) for at, state in enumerate(states)}
-        for attempt in range(1, attempts + 1):
+        vectors = {f"vector-{at}": state.vector.astype(np.float32) for at, state in enumerate(models.values())}
 
-            def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
-                largest = 2 * self.plan.num_heldout_records + NOISE_RANGE * multiplier
-                planned = self.plan.evaluation.num_curve_points if "curve" in key else attempts
-                fields = self._summed("evaluation", key, cohort, multiplier, largest, max(1, planned))
-                return EvaluateRequest(**fields, candidates=tuple(names), detail=detail), vectors
+        def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
+            largest = 2 * self.plan.num_heldout_records + NOISE_RANGE * multiplier
+            fields = self._summed("evaluation", key, cohort, multiplier, largest, planned)
+            return EvaluateRequest(**fields, candidates=names, detail=detail), vectors
 
-            facts = {"candidates": list(names), "purpose": key, "attempt": attempt}
-            outcome = self._sum(f"evaluation/{key}/{attempt}", "evaluate", ask, layout.size, facts)
-            if outcome.total is not None:
-                std = self.noise_std(multiplier, 1.0, len(outcome.members))
-                counts = layout.decode(outcome.total, std, self.plan.num_heldout_records)
-                self.journal.once(f"counts/{key}", lambda counts=counts: _counts_json(names, counts))  # type: ignore[misc]
-                return counts
-        return None
+        facts = {"candidates": list(names), "purpose": key, "attempt": attempt}
+        outcome = self._sum(f"evaluation/{key}/{attempt}", "evaluate", ask, layout.size, facts)
+        if outcome.total is None:
+            return None
+        std = self.noise_std(outcome.noise_multiplier, 1.0, len(outcome.members))
+        counts = layout.decode(outcome.total, std, self.plan.num_heldout_records)
+        self.journal.once(f"counts/{key}", lambda: _counts_json(names, counts))
+        return counts
 
     def close(self) -> None:
         """Ask every site what its ledger says this campaign cost."""

@@ -8,6 +8,7 @@ gradient.
 from dataclasses import dataclass
 
 import numpy as np
+
 from urna.privacy.mechanisms import Floats
 from urna.protocol.plan import Final
 

@@ -30,23 +30,34 @@ def training_noise_multiplier(plan: Plan, num_rounds: int, spent: Iterable[str])
 
 @dataclass(frozen=True)
 class EvaluationBudget:
-    """Noise multipliers of one release of each kind on held-out records, such that all planned ones fit."""
+    """Noise multipliers of one release of each kind on held-out records; an unused kind is infinite."""
 
     curve: float
     runoff: float
-    final: float
 
 
 def evaluation_budget(plan: Plan) -> EvaluationBudget:
-    """Divide the held-out records' squared mu: curve points, the runoff's comparison, and the final counts."""
+    """Noise of one curve point and of one comparison of finalists, from their parts of the held-out records' squared mu."""
     settings = plan.evaluation
     squared = mu_for(plan.privacy.epsilon, plan.privacy.delta) ** 2
-    curve = squared * settings.curve_budget_fraction if settings.num_curve_points else 0.0
+    curve = squared * settings.curve_budget_fraction
     runoff = squared * settings.runoff_budget_fraction if plan.ballot.if_undecided == "runoff" else 0.0
-    final = squared - curve - runoff
+    return EvaluationBudget(_multiplier(curve, settings.num_curve_points), _multiplier(runoff, settings.max_attempts))
 
-    def share(part: float, count: int) -> float:
-        return math.sqrt(count / part) * (1 + 1e-6) if part else math.inf  # rounded up
 
-    attempts = settings.max_attempts
-    return EvaluationBudget(share(curve, settings.num_curve_points), share(runoff, attempts), share(final, attempts))
+def final_counts_noise_multiplier(plan: Plan, spent: Iterable[str], *, last_attempt: bool) -> float:
+    """Noise of the final counts: what the held-out records have left; a first attempt keeps a fifth back for another.
+
+    What is left is found by PLD, as the sites' ledgers will: squared mus alone come out too large by a thousandth.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    privacy = plan.privacy
+    smallest = noise_multiplier_for(privacy.epsilon, privacy.delta, 1, 1.0, spent)
+    return smallest if last_attempt else smallest / math.sqrt(0.8)
+
+
+def _multiplier(squared_mu: float, count: int) -> float:
+    """Noise multiplier of one of ``count`` Gaussian releases that share ``squared_mu``; a thousandth is kept as margin."""
+    return math.sqrt(count / squared_mu) * 1.001 if squared_mu > 0 and count else math.inf

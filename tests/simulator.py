@@ -1,8 +1,8 @@
 """A whole campaign in memory: the same `run_campaign` and `Site.handle`, no Flower, faults on demand.
 
-    federation = Federation(run_dir, plan)          # virtual sites as the embedded engine makes them
-    federation.faults["site-2"] = lambda route, reply: None    # drop, alter or raise, per site
-    federation.run()
+federation = Federation(run_dir, plan)          # virtual sites as the embedded engine makes them
+federation.faults["site-2"] = lambda route, reply: None    # drop, alter or raise, per site
+federation.run()
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,8 @@ from urna.embedded import OPERATOR_KEY_FILE, ROSTER_FILE, SITES_DIR, prepare
 from urna.protocol.identity import OPERATOR, load_identity, load_roster
 from urna.protocol.messages import Envelope
 from urna.protocol.plan import Plan
-from urna.server.campaign import begin, run_campaign
+from urna.server.campaign import run_campaign
+from urna.server.journal import begin
 
 Fault = Callable[[str, Envelope], Envelope | None]  # (route, reply) -> what arrives
 

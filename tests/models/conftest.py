@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from urna.models.pretrain import pretrain_all
 
 

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from urna.models import loading
 from urna.models.catalogue import CATALOGUE, spec
 from urna.models.loading import artefact_sha256, cache_root, load_backbone

@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+
 from urna.models.catalogue import CATALOGUE, spec
 from urna.models.preflight import TOLERANCE, PerExampleFn, check, check_head
 from urna.models.tuning import per_example_gradients, trainable_size
+from urna.models.vision import build
 from urna.protocol.errors import ModelError
 
 
@@ -38,6 +42,28 @@ def test_the_head_of_every_candidate_passes(name: str) -> None:
     report = check_head(spec(name).feature_dim, num_classes=10, seed=1)
     assert report.num_parameters == trainable_size(spec(name).feature_dim, 10)
     assert max(report.worst_norm_error, report.clipped_sum_error) < TOLERANCE / 100
+
+
+def by_hooks(module: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Each example's gradient of a whole network, as Opacus computes it with hooks."""
+    from opacus.grad_sample import GradSampleModule
+
+    if not len(inputs):
+        return torch.zeros(0, sum(parameter.numel() for parameter in module.parameters()))
+    sampled = GradSampleModule(copy.deepcopy(module), batch_first=True, loss_reduction="sum")
+    logits = sampled(inputs.detach().requires_grad_())
+    torch.autograd.backward(functional.cross_entropy(logits, labels, reduction="none").sum())
+    return torch.cat([parameter.grad_sample.flatten(1) for parameter in sampled.parameters()], dim=1).detach()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # positions are integers: no gradient
+@pytest.mark.parametrize("name", ["rff", "autoencoder", "cnn", "vit"])  # hooks need twins of nn.GRU and nn.LSTM
+def test_whole_backbones_have_sound_per_example_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(build(name), nn.Linear(spec(name).feature_dim, 10))
+    images = torch.linspace(0.0, 90.0, 4 * 64).sin().abs().view(4, 1, 8, 8)
+    report = check(by_hooks, network, images, torch.arange(4))
+    assert report.num_parameters == spec(name).num_parameters + trainable_size(spec(name).feature_dim, 10)
 
 
 def test_the_check_leaves_torchs_generator_as_it_was() -> None:

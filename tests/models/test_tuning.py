@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
+
 from urna.models.tuning import (
     HEAD_FEATURE_NORM,
     head_from_vector,

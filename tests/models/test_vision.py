@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from urna.models.catalogue import CATALOGUE, spec
 from urna.models.vision import adapt, build
 from urna.protocol.errors import ModelError

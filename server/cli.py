@@ -1,0 +1,303 @@
+"""The operator's command line: `urna`.
+
+Exit codes: 0 ok, 2 bad input, 3 refused by a site's policy, 4 failed round (`urna resume` goes on).
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import urna
+from urna.protocol.errors import BadInputError, PlanError, RoundError, RunError, UrnaError
+from urna.protocol.plan import Plan, load_plan
+from urna.server.journal import JOURNAL_FILE, Journal, begin, is_running, recorded_plan
+
+if TYPE_CHECKING:
+    from urna.server.progress import Progress
+
+app = typer.Typer(
+    help="Choose one pretrained model by sealed ballots, fine-tune it under differential privacy, prove what it cost.",
+    epilog="Exit codes: 0 ok, 2 bad input, 3 refused by a site's policy, 4 failed round (urna resume goes on).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plan_app = typer.Typer(help="Look at a plan before anything is asked of anyone.", no_args_is_help=True)
+models_app = typer.Typer(help="The candidates: list, build, check.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+app.add_typer(models_app, name="models")
+console = Console(highlight=False)
+
+PlanPath = Annotated[Path, typer.Argument(help="The plan, a TOML file.", show_default=False)]
+RunsDir = Annotated[Path, typer.Option(help="Folder of all runs.", envvar="URNA_RUNS_DIR")]
+RunDir = Annotated[Path, typer.Argument(help="A run's folder, like runs/digits-20260101-120000.", show_default=False)]
+
+
+@plan_app.command("check")
+def plan_check(path: PlanPath) -> None:
+    """Validate a plan and say in words what it will ask of the sites, how often, and at which cost."""
+    from urna.server.prose import plan_in_words
+
+    console.print(Text(plan_in_words(load_plan(path))), soft_wrap=True)
+
+
+@app.command()
+def run(
+    path: PlanPath,
+    runs_dir: RunsDir = Path("runs"),
+    name: Annotated[str | None, typer.Option(help="The run's name; a new one is made from plan and time.")] = None,
+    federation: Annotated[str | None, typer.Option(help="A Flower federation; without it the embedded engine runs.")] = None,
+    operator_key: Annotated[Path | None, typer.Option(help="The operator's private key (with --federation).")] = None,
+    roster: Annotated[Path | None, typer.Option(help="The roster of pinned keys (with --federation).")] = None,
+) -> None:
+    """Run a plan: shortlist, ballot, fine-tune, evaluate, report."""
+    plan = load_plan(path)
+    run_dir = runs_dir / (name or f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", run_dir.name):
+        raise RunError(f"a run's name has up to 63 of a-z, 0-9, - and _, found {run_dir.name!r}: choose another --name")
+    if run_dir.exists():
+        raise RunError(f"{run_dir} exists: choose another --name, or `urna resume {run_dir}`")
+    if federation is None and plan.federation.virtual is None:
+        raise PlanError("federation.virtual: expected for the embedded engine, found none: add it, or use --federation NAME")
+    _prepare_models(plan)
+    if federation is None:
+        begin(run_dir, plan, "embedded")
+    else:
+        from urna.server.deployed import begin_deployed
+
+        if operator_key is None or roster is None:
+            raise BadInputError("--federation needs --operator-key and --roster, found one or none: give both")
+        begin_deployed(run_dir, plan, federation, operator_key, roster)
+    _go(run_dir, plan)
+
+
+@app.command()
+def resume(run_dir: RunDir) -> None:
+    """Go on with a run that was interrupted; sites spend nothing twice."""
+    journal = Journal.read(run_dir)
+    plan = _plan_of(journal)
+    finished = journal.find("finished") is not None
+    journal.close()
+    if finished:
+        console.print(Text(f"{run_dir} is finished; its report is drawn again"))
+        _write_views(run_dir)
+        return
+    _prepare_models(plan)
+    _go(run_dir, plan)
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path | None, typer.Argument(help="A run's folder; without it all runs are listed.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Where runs stand."""
+    table = Table("run", "state", "stage", "rounds", "sites", "epsilon", "accuracy", box=None, pad_edge=False)
+    for one in [run_dir] if run_dir else sorted(path.parent for path in runs_dir.glob(f"*/{JOURNAL_FILE}")):
+        progress = _progress_of(one)
+        state = "finished" if progress.finished else "running" if is_running(one) else "stopped"
+        table.add_row(
+            one.name,
+            state,
+            progress.stage,
+            f"{progress.rounds_done}/{max(progress.rounds_planned, progress.rounds_done)}",
+            str(progress.members),
+            f"{max(progress.epsilon.values()):.3f}/{progress.plan.privacy.epsilon:g}",
+            progress.accuracy or "-",
+        )
+    console.print(table)
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Draw a run's report (and model folder) again from its journal."""
+    _write_views(run_dir)
+
+
+@app.command()
+def predict(
+    run_dir: RunDir,
+    input: Annotated[Path, typer.Option(help="Images: a CSV of pixels (a row each) or a PNG.")],  # noqa: A002 - the option's name
+    max_value: Annotated[
+        float | None, typer.Option(help="What counts as white; without it 255 for a PNG and 1 for a CSV.")
+    ] = None,
+) -> None:
+    """Label images with a run's model: one line each, label and probability."""
+    from urna.server.artefact import load_model, read_images
+
+    labels, probabilities = load_model(run_dir).predict(read_images(input, max_value))
+    for label, row in zip(labels, probabilities, strict=True):
+        print(f"{int(label)}\t{float(row[label]):.4f}")
+
+
+@app.command()
+def monitor(
+    runs_dir: RunsDir = Path("runs"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 9464,
+) -> None:
+    """Serve the runs' metrics to Prometheus until Ctrl-C."""
+    from urna.server.metrics import serve_forever
+
+    serve_forever(runs_dir, host, port, ready=lambda served: console.print(f"serving {runs_dir} at {served.url}"))
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """Every candidate that this installation knows."""
+    from urna.models.catalogue import CATALOGUE
+    from urna.models.loading import artefact_sha256
+
+    for spec in CATALOGUE.values():
+        try:
+            built = f"built {artefact_sha256(spec.name)[:12]}"
+        except BadInputError:
+            built = "not built"
+        size = f"{spec.num_parameters:,} parameters, {spec.feature_dim} features"
+        console.print(Text(f"{spec.name:<13} {spec.family}, {size}, {spec.licence}, {built}"))
+        console.print(Text(f"{'':<13} {spec.summary} Pretrained on {spec.pretrained_on}."), style="dim", soft_wrap=True)
+
+
+@models_app.command("pretrain")
+def models_pretrain(
+    names: Annotated[list[str] | None, typer.Argument(help="Which candidates; all without it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is built.")] = False,
+) -> None:
+    """Build candidates on public data, once; they are kept in the user's cache and checked by hash."""
+    from urna.models.catalogue import CATALOGUE, spec
+
+    _build([spec(name).name for name in names] if names else list(CATALOGUE), force=force)
+
+
+@models_app.command("check")
+def models_check(name: Annotated[str, typer.Argument(help="A candidate.")]) -> None:
+    """Verify a built candidate's files, and its per-example gradients against a one-example loop."""
+    from urna.models.loading import load_backbone
+    from urna.models.preflight import check_head
+
+    backbone = load_backbone(name)
+    found = check_head(backbone.spec.feature_dim, num_classes=10, seed=0)
+    console.print(f"{name}: weights {backbone.sha256[:12]} verified; per-example gradients of a 10-class head sound")
+    console.print(
+        f"  worst norm error {found.worst_norm_error:.1e}, clipped sum error {found.clipped_sum_error:.1e}, tolerance 1e-3"
+    )
+
+
+def _prepare_models(plan: Plan) -> None:
+    """Every candidate of a plan is known, built (a missing one is built now), and what the plan or its manifest pins."""
+    from urna.models.catalogue import spec
+    from urna.models.loading import cache_root, load_backbone
+
+    for entry in plan.candidates:
+        if (cache_root() / spec(entry.name).name).exists():
+            load_backbone(entry.name, entry.sha256)  # a file that is not what it should be is said, never replaced unasked
+    _build([entry.name for entry in plan.candidates], force=False)
+    for entry in plan.candidates:
+        load_backbone(entry.name, entry.sha256)
+
+
+def _build(names: list[str], *, force: bool) -> None:
+    from urna.models.pretrain import is_current, pretrain
+
+    for name in names:
+        if not force and is_current(name):
+            continue
+        started = time.monotonic()
+        console.print(f"building candidate {name} on public data ...", end=" ")
+        pretrain(name, force=force)
+        console.print(f"{time.monotonic() - started:.1f} s")
+
+
+def _go(run_dir: Path, plan: Plan) -> None:
+    """Run the engine in a process of its own, show its journal, and write the views when it ends."""
+    from urna.server.progress import watch
+
+    if is_running(run_dir):
+        raise RunError(f"{run_dir} is being run by another process: `urna status {run_dir}` shows it")
+    console.print(Text(f"run {run_dir}  plan {plan.sha256[:12]}  epsilon {plan.privacy.epsilon:g}  noise {plan.privacy.noise}"))
+    engine = "urna.server.deployed" if (run_dir / "deployment.json").is_file() else "urna.embedded"
+    with (run_dir / "engine.out").open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", engine, str(run_dir)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    (run_dir / "engine.pid").write_text(str(process.pid), encoding="utf-8")
+    try:
+        watch(run_dir, plan, process, console)
+    except KeyboardInterrupt:
+        assert process.stdin is not None
+        process.stdin.close()  # the engine ends when its standard input does
+        process.wait()
+        raise RoundError(f"interrupted; nothing is lost: `urna resume {run_dir}` goes on") from None
+    _check_engine(run_dir, process.returncode)
+    _write_views(run_dir)
+
+
+def _check_engine(run_dir: Path, code: int) -> None:
+    if code == 0:
+        return
+    error_file = run_dir / "error.txt"
+    text = error_file.read_text("utf-8") if error_file.is_file() else f"the engine ended with code {code}"
+    error = RoundError(f"{text}; `urna resume {run_dir}` goes on from the journal")
+    error.exit_code = code if code in (2, 3) else 4
+    raise error
+
+
+def _write_views(run_dir: Path) -> None:
+    from urna.server.artefact import write_model
+    from urna.server.report import write_report
+
+    page = write_report(run_dir)
+    journal = Journal.read(run_dir)
+    trained = journal.find("model") is not None
+    journal.close()
+    console.print(Text(f"report  {page.with_suffix('.html')}"))
+    if trained:
+        console.print(Text(f"model   {write_model(run_dir)}"))
+        console.print(Text(f"use it  urna predict {run_dir} --input FILE"))
+
+
+def _progress_of(run_dir: Path) -> "Progress":
+    from urna.server.progress import describe
+
+    journal = Journal.read(run_dir)
+    try:
+        return describe(journal.entries(), _plan_of(journal))
+    finally:
+        journal.close()
+
+
+def _plan_of(journal: Journal) -> Plan:
+
+    return recorded_plan(journal)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Choose one pretrained model by sealed ballots, fine-tune it under differential privacy, prove what it cost."""
+    if version:
+        print(f"urna {urna.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors of the tree end in one line and their exit code."""
+    try:
+        app()
+    except UrnaError as error:
+        Console(stderr=True, highlight=False).print(Text(f"error: {error}"), soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os._exit(0)

@@ -1,0 +1,277 @@
+"""What makes a training round private, measured on the integers that leave, and the known wrong ways caught by it."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy import stats
+
+from tests.client.clinic import NUM_CLASSES, a_plan
+from urna.client.training import TuningSet, local_steps, sample_gradients, shared_step
+from urna.privacy.fixed_point import Grid
+from urna.privacy.mechanisms import Floats, Integers, clip_rows
+from urna.privacy.release import noise_share
+from urna.protocol.errors import ModelError, ProtocolError
+from urna.protocol.plan import Plan
+
+Step = Callable[[TuningSet, npt.NDArray[np.float32], Plan, float, Grid, int], Integers]
+DIM = 31
+SIZE = (DIM + 1) * NUM_CLASSES
+GRID = Grid(step_exp=-26, num_summands=3)
+ALMOST_NONE = 1e-5  # a noise multiplier that hides nothing, so that sums can be looked at
+FALSE_ALARM = 1e-6
+
+
+def a_plan_of(sample_rate: float = 1.0, clip: float = 1.0, **final: object) -> Plan:
+    return a_plan(final={"sample_rate": sample_rate, "max_grad_norm": clip} | final)
+
+
+def some_records(num_records: int, seed: int = 0, scale: float = 1.0) -> TuningSet:
+    generator = np.random.default_rng(seed)
+    features = (scale * generator.normal(size=(num_records, DIM))).astype(np.float32)
+    return TuningSet(features, generator.integers(0, NUM_CLASSES, num_records))
+
+
+def a_vector(seed: int = 1) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 0.1, SIZE).astype(np.float32)
+
+
+def softmax_gradients(data: TuningSet, vector: Floats) -> Floats:
+    """(n, p) in closed form: (softmax(Wx + b) - onehot) outer (x, 1)."""
+    weight, bias = vector[: DIM * NUM_CLASSES].reshape(NUM_CLASSES, DIM), vector[DIM * NUM_CLASSES :]
+    features = data.features.astype(np.float64)
+    logits = features @ weight.T + bias
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    error = exp / exp.sum(axis=1, keepdims=True) - np.eye(NUM_CLASSES)[data.labels]
+    return np.concatenate([(error[:, :, None] * features[:, None, :]).reshape(len(features), DIM * NUM_CLASSES), error], axis=1)
+
+
+def clipped(rows: Floats, clip: float) -> Floats:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows * np.minimum(1, clip / norms))
+
+
+def norm(integers: Integers) -> float:
+    return float(np.linalg.norm(integers.astype(np.float64)) * GRID.step)
+
+
+def wrong_variance(draws: list[Integers], expected: float) -> bool:
+    """Whether a chi-square test at a false alarm of 1e-6 says that the noise is not of this variance (real units)."""
+    values = np.concatenate(draws).astype(np.float64) * GRID.step
+    tail = stats.chi2.cdf(float((values**2).sum()) / expected, len(values))
+    return not FALSE_ALARM / 2 < tail < 1 - FALSE_ALARM / 2
+
+
+def complaints(step: Step) -> set[str]:
+    """All that is wrong with a training step; intact steps fail a chi-square test once in 300,000 runs."""
+    found = set()
+    nobody, vector = some_records(0), a_vector()
+    for clip, parties, multiplier in ((1.0, 1, 2.0), (0.25, 1, 2.0), (1.0, 4, 3.0)):
+        draws = [step(nobody, vector, a_plan_of(clip=clip), multiplier, GRID, parties) for _ in range(40)]
+        if wrong_variance(draws, (multiplier * clip) ** 2 / parties):
+            found.add("noise")
+    if np.array_equal(draws[0], draws[1]):
+        found.add("repeated noise")
+    many = some_records(20)
+    alike = TuningSet(np.repeat(many.features[:1], 20, axis=0), np.repeat(many.labels[:1], 20))
+    huge = TuningSet(alike.features * 1000, alike.labels)
+    if not math.isclose(norm(step(alike, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1)), 20 * 0.5, rel_tol=1e-3):
+        found.add("not a sum of clipped records")
+    if norm(step(huge, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1)) > 20 * 0.5 + 1e-3:
+        found.add("sensitivity")
+    for count in (19, 1):
+        fewer = TuningSet(many.features[:count], many.labels[:count])
+        more = TuningSet(many.features[: count + 1], many.labels[: count + 1])
+        results = [step(one, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1) for one in (fewer, more)]
+        if norm(results[1] - results[0]) > 0.5 + 1e-3:
+            found.add("sensitivity")
+    expected = clipped(softmax_gradients(many, vector.astype(np.float64)), 0.5).sum(axis=0)
+    total = step(many, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1) * GRID.step
+    if not np.allclose(total, expected, atol=2e-4):
+        found.add("not the sum of gradients")
+    return found
+
+
+def test_a_training_step_is_the_described_release() -> None:
+    assert complaints(shared_step) == set()
+
+
+def mean_by_realised_batch(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    rows = sample_gradients(data, vector, plan)
+    total = grid.quantise(clip_rows(rows, plan.final.max_grad_norm).sum(axis=0) / max(1, len(rows)))
+    return total + noise_share(total.size, plan.final.max_grad_norm, nm, grid, parties, 1)
+
+
+def noise_without_clip(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    rows = grid.quantise_rows(sample_gradients(data, vector, plan), plan.final.max_grad_norm)
+    total: Integers = rows.sum(axis=0, dtype=np.int64)
+    return total + noise_share(total.size, 1.0, nm, grid, parties, 1)
+
+
+def clip_after_sum(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    total: Integers = grid.quantise_rows(sample_gradients(data, vector, plan).sum(axis=0)[None], plan.final.max_grad_norm)[0]
+    return total + noise_share(total.size, plan.final.max_grad_norm, nm, grid, parties, 1)
+
+
+def no_clip(data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int) -> Integers:
+    total = grid.quantise(sample_gradients(data, vector, plan).sum(axis=0))
+    return total + noise_share(total.size, plan.final.max_grad_norm, nm, grid, parties, 1)
+
+
+def no_noise_on_empty_batch(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    if not len(data.labels):
+        return np.zeros(vector.size, np.int64)
+    return shared_step(data, vector, plan, nm, grid, parties)
+
+
+def one_noise_for_ever(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    scale = nm * plan.final.max_grad_norm / math.sqrt(parties) / grid.step
+    noise = np.rint(np.random.default_rng(0).normal(0, scale, vector.size)).astype(np.int64)
+    rows = grid.quantise_rows(sample_gradients(data, vector, plan), plan.final.max_grad_norm)
+    return np.asarray(rows.sum(axis=0, dtype=np.int64) + noise)
+
+
+def more_parties_than_there_are(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    return shared_step(data, vector, plan, nm, grid, parties * parties + 1)
+
+
+def a_little_too_little(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    return shared_step(data, vector, plan, nm * 0.85, grid, parties)
+
+
+MUTANTS: dict[Step, str] = {
+    mean_by_realised_batch: "not a sum of clipped records",
+    noise_without_clip: "noise",
+    clip_after_sum: "not a sum of clipped records",
+    no_clip: "sensitivity",
+    no_noise_on_empty_batch: "noise",
+    one_noise_for_ever: "repeated noise",
+    more_parties_than_there_are: "noise",
+    a_little_too_little: "noise",
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.__name__)
+def test_a_planted_mutant_is_killed(mutant: Step) -> None:
+    assert MUTANTS[mutant] in complaints(mutant)
+
+
+def test_gradients_are_those_of_the_softmax_in_closed_form() -> None:
+    data, vector = some_records(30), a_vector()
+    np.testing.assert_allclose(
+        sample_gradients(data, vector, a_plan_of()), softmax_gradients(data, vector.astype(np.float64)), atol=1e-5
+    )
+
+
+def test_an_empty_sample_is_no_error_and_has_no_rows() -> None:
+    assert sample_gradients(some_records(0), a_vector(), a_plan_of()).shape == (0, SIZE)
+    assert sample_gradients(some_records(5), a_vector(), a_plan_of(sample_rate=1e-12)).shape == (0, SIZE)
+
+
+def test_the_sample_has_the_plans_rate_whatever_the_data() -> None:
+    """A fair sample fails once in a million runs."""
+    data, plan = some_records(20_000), a_plan_of(sample_rate=0.05)
+    size = len(sample_gradients(data, a_vector(), plan))
+    assert stats.binomtest(size, 20_000, 0.05).pvalue > FALSE_ALARM
+
+
+def test_samples_are_drawn_afresh() -> None:
+    """Two samples of 2000 of the same size and sum are no accident."""
+    data, plan = some_records(2000), a_plan_of(sample_rate=0.5)
+    first, second = (sample_gradients(data, a_vector(), plan).sum() for _ in range(2))
+    assert first != second
+
+
+def test_output_scale_independent_of_n() -> None:
+    """The step of n records plus one is the step of n plus one clipped gradient; nothing is divided by n."""
+    plan, vector = a_plan_of(clip=0.5), a_vector()
+    for num_records in (0, 1, 10, 200):
+        data = some_records(num_records)
+        expected = clipped(softmax_gradients(data, vector.astype(np.float64)), 0.5).sum(axis=0)
+        total = shared_step(data, vector, plan, ALMOST_NONE, GRID, 1) * GRID.step
+        np.testing.assert_allclose(total, expected, atol=2e-4 * max(1, num_records / 20))
+
+
+def test_local_output_scale_independent_of_n() -> None:
+    plan = a_plan(privacy={"noise": "local"}, final={"sample_rate": 1.0, "max_grad_norm": 0.5, "local_steps": 1})
+    vector, batch = a_vector(), 13.0
+    for num_records in (0, 1, 10, 200):
+        data = some_records(num_records)
+        expected = -clipped(softmax_gradients(data, vector.astype(np.float64)), 0.5).sum(axis=0) / batch
+        np.testing.assert_allclose(local_steps(data, vector, plan, ALMOST_NONE, batch), expected, atol=1e-4)
+
+
+def test_local_steps_are_dp_sgd_in_closed_form() -> None:
+    final = {"sample_rate": 1.0, "max_grad_norm": 0.7, "local_steps": 6, "local_learning_rate": 0.8}
+    plan = a_plan(privacy={"noise": "local"}, final=final)
+    data, vector = some_records(25), a_vector()
+    current = vector.astype(np.float64)
+    for _ in range(6):
+        current = current - 0.8 / 25 * clipped(softmax_gradients(data, current), 0.7).sum(axis=0)
+    np.testing.assert_allclose(local_steps(data, vector, plan, ALMOST_NONE, 25.0), current - vector, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+def test_every_local_step_adds_its_own_noise(steps: int) -> None:
+    """The right noise fails a chi-square test once in a million runs."""
+    final = {"sample_rate": 0.5, "max_grad_norm": 0.7, "local_steps": steps, "local_learning_rate": 0.8}
+    plan = a_plan(privacy={"noise": "local"}, final=final)
+    nobody = some_records(0)
+    changes = np.concatenate([local_steps(nobody, a_vector(), plan, 3.0, 25.0) for _ in range(40)])
+    expected = steps * (0.8 / 25 * 3.0 * 0.7) ** 2
+    tail = stats.chi2.cdf(float((changes**2).sum()) / expected, len(changes))
+    assert FALSE_ALARM / 2 < tail < 1 - FALSE_ALARM / 2
+
+
+def test_noise_is_fresh_after_every_seed() -> None:
+    import torch
+
+    results = []
+    for _ in range(2):
+        torch.manual_seed(42)
+        np.random.seed(42)
+        results.append(shared_step(some_records(0), a_vector(), a_plan_of(), 2.0, GRID, 1))
+    assert not np.array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_head_that_is_not_finite_releases_nothing(bad: float) -> None:
+    vector = a_vector()
+    vector[3] = bad
+    with pytest.raises(ModelError, match="must be finite"):
+        shared_step(some_records(5), vector, a_plan_of(), 2.0, GRID, 1)
+
+
+def test_a_gradient_that_is_not_finite_releases_nothing() -> None:
+    data = some_records(5)
+    data.features[2, 2] = np.nan
+    with pytest.raises(ProtocolError, match="expected finite numbers before the clip"):
+        shared_step(data, a_vector(), a_plan_of(), 2.0, GRID, 1)
+    with pytest.raises(ProtocolError, match="expected finite numbers before the clip"):
+        local_steps(data, a_vector(), a_plan_of(), 2.0, 5.0)
+
+
+def test_records_and_head_are_left_as_they_were() -> None:
+    data, vector = some_records(10), a_vector()
+    features, labels, head = data.features.copy(), data.labels.copy(), vector.copy()
+    shared_step(data, vector, a_plan_of(), 2.0, GRID, 1)
+    local_steps(data, vector, a_plan_of(), 2.0, 5.0)
+    np.testing.assert_array_equal(data.features, features)
+    np.testing.assert_array_equal(data.labels, labels)
+    np.testing.assert_array_equal(vector, head)

@@ -1,0 +1,391 @@
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from urna.protocol.errors import PlanError, SiteConfigError
+from urna.protocol.plan import PLAN_LIMIT_BYTES, Plan, load_plan, parse_plan, read_text
+
+DIGITS = (Path(__file__).parents[2] / "plans" / "digits.toml").read_text("utf-8")
+PLAN = parse_plan(DIGITS)
+
+
+def changed(key: str, value: str, text: str = DIGITS) -> str:
+    """The plan with the first ``key = ...`` line replaced."""
+    result, count = re.subn(rf"^{key} = [^#\n]*", lambda _: f"{key} = {value} ", text, count=1, flags=re.MULTILINE)
+    assert count == 1, key
+    return result
+
+
+def in_section(section: str, line: str) -> str:
+    """The plan with one more line under ``[section]``."""
+    result, count = re.subn(rf"^\[{re.escape(section)}\].*$", rf"\g<0>\n{line}", DIGITS, count=1, flags=re.MULTILINE)
+    assert count == 1, section
+    return result
+
+
+def error_of(text: str) -> str:
+    """The one line that a person reads."""
+    with pytest.raises(PlanError) as caught:
+        parse_plan(text)
+    message = str(caught.value)
+    assert message.isprintable(), message
+    assert len(message) < 2000
+    return message
+
+
+def test_the_example_plan_is_read() -> None:
+    assert (PLAN.name, PLAN.privacy.epsilon, PLAN.federation.min_sites) == ("digits", 3.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (changed("sample_rate", "0.25\nsample_rat = 0.3"), "unknown key final.sample_rat: did you mean sample_rate?"),
+        (in_section("privacy", "epsilonn = 9"), "unknown key privacy.epsilonn: did you mean epsilon?"),
+        ("privcy = 1\n" + DIGITS, "unknown key privcy: did you mean privacy?"),
+        (in_section("federation.virtual", "num_site = 5"), "unknown key federation.virtual.num_site: did you mean num_sites?"),
+        (DIGITS + '\nsha265 = "00"', f"unknown key candidates.{len(PLAN.candidates) - 1}.sha265: did you mean sha256?"),
+        (in_section("ballot", "zzz = 1"), "unknown key ballot.zzz: known keys: budget_fraction, bucket_size, clip, "),
+    ],
+)
+def test_a_misspelt_key_is_refused_and_the_right_one_named(text: str, message: str) -> None:
+    assert error_of(text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("0", "privacy.epsilon: input should be greater than 0, found 0"),
+        ("-1.5", "privacy.epsilon: input should be greater than 0, found -1.5"),
+        ("nan", "privacy.epsilon: input should be a finite number, found nan"),
+        ("inf", "privacy.epsilon: input should be a finite number, found inf"),
+        ("1e999", "privacy.epsilon: input should be a finite number, found inf"),
+        ("-inf", "privacy.epsilon: input should be a finite number, found -inf"),
+        ("101", "privacy.epsilon: input should be less than or equal to 100, found 101"),
+        ("1e300", "privacy.epsilon: input should be less than or equal to 100, found 1e+300"),
+        ('"3.0"', "privacy.epsilon: input should be a number, without quotes, found '3.0'"),
+        ("true", "privacy.epsilon: input should be a number, without quotes, found True"),
+        ("[3.0]", "privacy.epsilon: input should be a valid number, found [3.0]"),
+        ("1979-05-27", "privacy.epsilon: input should be a valid number, found datetime.date(1979, 5, 27)"),
+        ("0x" + "f" * 5000, "privacy.epsilon: input should be below 2**63, found a number of thousands of digits"),
+    ],
+)
+def test_an_epsilon_that_means_nothing_is_refused(value: str, message: str) -> None:
+    assert error_of(changed("epsilon", value)) == message
+
+
+def numeric_fields() -> list[tuple[str, ...]]:
+    """Paths of every number in the plan."""
+    found: list[tuple[str, ...]] = []
+
+    def visit(node: object, path: tuple[str, ...]) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                visit(value, (*path, key))
+        elif isinstance(node, int | float):
+            found.append(path)
+
+    visit(json.loads(PLAN.model_dump_json(exclude={"candidates"})), ())
+    return found
+
+
+@pytest.mark.parametrize("path", numeric_fields(), ids=".".join)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, "1", True, 2**63, None, 1e308])
+def test_no_number_of_the_plan_takes_nonsense(path: tuple[str, ...], value: object) -> None:
+    document: dict[str, Any] = tomllib.loads(DIGITS)
+    section = document
+    for key in path[:-1]:
+        section = section.setdefault(key, {})
+    section[path[-1]] = value
+    allowed = (path[-1], value) == ("max_noise_to_signal", 1e308)  # a filter may be switched off
+    if allowed:
+        Plan.model_validate(document)
+        return
+    with pytest.raises(ValidationError, match=re.escape(".".join(path))):
+        Plan.model_validate(document)
+
+
+def test_there_are_numbers_to_try() -> None:
+    assert len(numeric_fields()) > 25
+
+
+@pytest.mark.parametrize("delta", ["0.000556", "0.1", "0.999"])  # 1/1797 = 0.0005565 is refused from the other side below
+def test_delta_stays_below_one_over_n(delta: str) -> None:
+    text = changed("num_records", "1799", changed("delta", delta))
+    assert error_of(text).startswith("privacy.delta must be below 1/n = 0.000556 (n = federation.num_records = 1799), found ")
+
+
+def test_a_delta_of_exactly_one_over_n_is_refused() -> None:
+    assert "privacy.delta must be below 1/n" in error_of(changed("num_records", "1024", changed("delta", str(1 / 1024))))
+    assert parse_plan(changed("num_records", "1023", changed("delta", str(1 / 1024)))).federation.num_records == 1023
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            changed("num_sites", "3"),
+            "federation.virtual.num_sites must be at least federation.min_sites = 4, found 3: add sites or lower the minimum",
+        ),
+        (DIGITS + '\n[[candidates]]\nname = "cnn"\n', "candidates must differ, found cnn twice: remove one entry"),
+        (
+            in_section("final", "local_steps = 2"),
+            (
+                'final.local_steps must be 1 with privacy.noise = "shared", found 2: shared noise opens one step a round; '
+                'use noise = "local" for more'
+            ),
+        ),
+        (
+            in_section("privacy", "max_colluding_sites = 3"),
+            (
+                "privacy.max_colluding_sites must be at most federation.min_sites - 2 = 2, found 3: "
+                "with fewer than two honest sites a sum hides nothing"
+            ),
+        ),
+        (
+            in_section("evaluation", "curve_budget_fraction = 0.5\nrunoff_budget_fraction = 0.6"),
+            (
+                "evaluation.curve_budget_fraction and evaluation.runoff_budget_fraction may take 0.9 together, "
+                "found 1.1: leave some for the final counts"
+            ),
+        ),
+        (changed("min_sites", "1"), "federation.min_sites: input should be greater than or equal to 2, found 1"),
+        (changed("sample_rate", "1.01"), "final.sample_rate: input should be less than or equal to 1, found 1.01"),
+        (
+            changed("num_rounds", "2.5"),
+            "runoff.num_rounds: input should be a valid integer, got a number with a fractional part, found 2.5",
+        ),
+        (changed("noise", '"none"'), "privacy.noise: input should be 'shared' or 'local', found 'none'"),
+        (changed("name", '"Digits\\n"'), r"name: string should match pattern '^[a-z0-9][a-z0-9_-]{0,62}$', found 'Digits\n'"),
+        (changed("name", '"digits\\n"'), r"name: string should match pattern '^[a-z0-9][a-z0-9_-]{0,62}$', found 'digits\n'"),
+        (changed("name", '"../x"'), "name: string should match pattern '^[a-z0-9][a-z0-9_-]{0,62}$', found '../x'"),
+        (DIGITS.replace("[final]", "[finale]"), "missing key final: add it; unknown key finale: did you mean final?"),
+        (DIGITS.split("[[candidates]]")[0], "missing key candidates: add it"),
+        (
+            "candidates = []\n" + DIGITS.split("[[candidates]]")[0],
+            "candidates: tuple should have at least 1 item after validation, not 0, found []",
+        ),
+    ],
+)
+def test_a_plan_whose_parts_do_not_agree_is_refused(text: str, message: str) -> None:
+    assert error_of(text) == message
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    message = error_of(changed("epsilon", "0", changed("min_sites", "1", changed("clip", "3"))))
+    assert [part.split(":")[0] for part in message.split("; ")] == ["privacy.epsilon", "federation.min_sites", "ballot.clip"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"a\\nb" = 1\n' + DIGITS, r"unknown key 'a\nb': known keys"),
+        ('"\\u001b[2J" = 1\n' + DIGITS, r"unknown key '\x1b[2J': known keys"),
+        (f"{'a' * 100_000} = 1\n" + DIGITS, "unknown key 'aaaaaaaaaaa"),
+        (changed("name", f'"{"a" * 100_000}"'), "name: string should match pattern"),
+    ],
+)
+def test_a_hostile_key_or_value_cannot_break_the_line_or_fill_the_screen(text: str, message: str) -> None:
+    assert error_of(text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "the plan must be TOML, found a syntax error: Invalid value"),
+        ("a = " + "[" * 20_000, "the plan must be TOML, found brackets nested too deep"),
+        ("a = " + "1" * 5000, "the plan must be TOML, found a syntax error: Exceeds the limit"),
+        ("a = 1\na = 2", "the plan must be TOML, found a syntax error: Cannot overwrite a value"),
+        ('name = "\\ud800"', "the plan must be TOML, found a syntax error: Escaped character is not a Unicode scalar value"),
+        ("", "missing key name: add it; missing key task: add it"),
+    ],
+)
+def test_what_is_not_toml_is_a_plan_error(text: str, message: str) -> None:
+    assert error_of(text).startswith(message)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.with_name("other.toml").touch(), "expected a plan file at .*plan.toml, found nothing"),
+        (lambda path: path.mkdir(), "expected a plan file at .*plan.toml, found a folder"),
+        (lambda path: _write(path, b""), "missing key name"),
+        (
+            lambda path: _write(path, b"#" * (PLAN_LIMIT_BYTES + 1)),
+            "plan.toml: a plan has at most 1000000 bytes, found 1000001",
+        ),
+        (lambda path: _write(path, b'name = "\xff"'), "plan.toml: a plan must be UTF-8 text, found other bytes"),
+        (lambda path: _write(path, DIGITS.encode("utf-16")), "plan.toml: a plan must be UTF-8 text, found other bytes"),
+    ],
+    ids=["missing", "folder", "empty", "too large", "not UTF-8", "UTF-16"],
+)
+def test_a_file_that_is_no_plan_is_refused(make: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    make(tmp_path / "plan.toml")
+    with pytest.raises(PlanError, match=message):
+        load_plan(tmp_path / "plan.toml")
+
+
+def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:
+    _write(tmp_path / "plan.toml", (DIGITS + "\n#").encode().ljust(PLAN_LIMIT_BYTES, b"x"))
+    assert load_plan(tmp_path / "plan.toml") == PLAN
+
+
+def test_other_files_have_their_own_error(tmp_path: Path) -> None:
+    with pytest.raises(SiteConfigError, match="expected a roster file"):
+        read_text(tmp_path / "roster.json", "roster", SiteConfigError)
+
+
+FRAGMENTS = [
+    *(
+        "nan",
+        "inf",
+        "-1",
+        "0",
+        "1e400",
+        "0x" + "f" * 4000,
+        "true",
+        '"x"',
+        "[]",
+        "{}",
+        "''",
+        '"""',
+        "[",
+        "]]",
+        "=",
+        "\n",
+        "\x00",
+    ),
+    *(
+        "privacy",
+        "[federation]",
+        "[[candidates]]",
+        "candidates = 3",
+        "federation.virtual = 1",
+        '"\\n" = 1',
+        "\ud7ff",
+        "é",
+        "\u2028",
+    ),
+    *("name = {x = 0x" + "f" * 4000 + "}", "[final.tuning]", "[[privacy]]", ".", "1979-05-27", "25:00:00", "\r", "\x1b"),
+]
+edit = st.tuples(st.integers(0, len(DIGITS)), st.integers(0, 40), st.sampled_from(FRAGMENTS) | st.text(max_size=8))
+
+
+def assert_plan_or_one_line(text: str) -> None:
+    """Either a PlanError of one line, or a plan that survives its journey to a site; nothing else is raised."""
+    plan, message = None, "-"
+    try:
+        plan = parse_plan(text)
+    except PlanError as error:
+        message = str(error)
+    assert message.isprintable()
+    if plan is not None:
+        assert Plan.model_validate_json(plan.model_dump_json()).sha256 == plan.sha256
+        assert plan.privacy.delta * plan.federation.num_records < 1
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(edit, min_size=1, max_size=4))
+def test_a_mutilated_plan_is_a_plan_error_or_a_plan(changes: list[tuple[int, int, str]]) -> None:
+    text = DIGITS
+    for start, length, fragment in changes:
+        text = text[:start] + fragment + text[start + length :]
+    assert_plan_or_one_line(text)
+
+
+line_edits = st.lists(
+    st.tuples(st.integers(0, DIGITS.count("\n")), st.sampled_from(FRAGMENTS), st.booleans()), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(line_edits)
+def test_a_plan_with_other_values_is_a_plan_error_or_a_plan(changes: list[tuple[int, str, bool]]) -> None:
+    lines = DIGITS.splitlines()
+    for number, fragment, keep_key in changes:
+        key, _, _ = lines[number % len(lines)].partition(" = ")
+        lines[number % len(lines)] = f"{key} = {fragment}" if keep_key else fragment
+    assert_plan_or_one_line("\n".join(lines))
+
+
+def test_the_hash_is_the_same_under_any_order_of_keys_and_with_defaults_spelt_out() -> None:
+    def reverse(node: Any) -> Any:
+        return {key: reverse(node[key]) for key in reversed(node)} if isinstance(node, dict) else node
+
+    document = tomllib.loads(DIGITS)
+    assert Plan.model_validate(reverse(document)).sha256 == PLAN.sha256
+    assert Plan.model_validate(PLAN.model_dump()).sha256 == PLAN.sha256
+    spelt = in_section("privacy", "max_colluding_sites = 0").replace("epsilon = 3.0", "epsilon = 3")
+    assert parse_plan("# a comment\n" + spelt).sha256 == PLAN.sha256
+
+
+def test_the_hash_is_of_json_with_defaults_spelt_out() -> None:
+    document = {
+        "name": "x",
+        "task": {"num_classes": 2},
+        "candidates": [{"name": "a"}],
+        "privacy": {"epsilon": 1.0, "delta": 1e-5},
+        "federation": {"min_sites": 2, "num_records": 100},
+        "final": {"num_rounds": 1, "sample_rate": 0.5, "learning_rate": 0.1},
+    }
+    assert json.loads(Plan.model_validate(document).model_dump_json())["privacy"] == {
+        "epsilon": 1.0, "delta": 1e-5, "noise": "shared", "max_colluding_sites": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("epsilon", "3.0000001"), ("seed", "1"), ("name", '"digitz"'), ("min_sites", "3"), ("noise", '"local"'), ("clip", "0.3")],
+)
+def test_one_value_changed_gives_another_hash(key: str, value: str) -> None:
+    assert parse_plan(changed(key, value)).sha256 != PLAN.sha256
+
+
+def test_the_order_of_candidates_is_part_of_the_plan() -> None:
+    swapped = DIGITS.replace('"cnn"', '"_"').replace('"vit"', '"cnn"').replace('"_"', '"vit"')
+    assert parse_plan(swapped).sha256 != PLAN.sha256
+
+
+def test_a_plan_survives_its_journey_as_json() -> None:
+    again = Plan.model_validate_json(PLAN.model_dump_json())
+    assert again == PLAN
+    assert again.sha256 == PLAN.sha256
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        PLAN.privacy.epsilon = 50.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        PLAN.name = "other"  # type: ignore[misc]
+    assert isinstance(PLAN.candidates, tuple)
+
+
+def test_what_sums_are_divided_by_is_of_the_plan() -> None:
+    assert PLAN.num_tuning_records + PLAN.num_heldout_records == PLAN.federation.num_records
+    assert PLAN.expected_batch == 0.25 * 1438
+
+
+@pytest.mark.parametrize(
+    ("noise", "colluding", "parties"), [("shared", 0, 5), ("shared", 2, 3), ("local", 0, 1), ("local", 2, 1)]
+)
+def test_a_share_of_the_noise_is_sized_for_the_honest_sites_only(noise: str, colluding: int, parties: int) -> None:
+    text = changed("noise", f'"{noise}"', in_section("privacy", f"max_colluding_sites = {colluding}"))
+    assert parse_plan(text).noise_parties(5) == parties
+
+
+@given(st.integers(1, 10**9))
+def test_a_site_has_at_least_one_bucket_and_buckets_are_of_the_declared_size(num_records: int) -> None:
+    count = PLAN.num_buckets(num_records)
+    assert 1 <= count <= max(1, num_records * 0.8 / 15)

@@ -1,0 +1,140 @@
+"""The operator's command line: what a person sees, and exit codes. Bad input: one line, code 2, nothing written."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from urna.models.loading import cache_root
+from urna.models.pretrain import pretrain_all
+
+ROOT = Path(__file__).parents[2]
+PLAN = ROOT / "plans" / "digits.toml"
+
+
+def urna(*arguments: str | Path, cwd: Path, environment: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run the installed command as a person would."""
+    import os
+
+    return subprocess.run(
+        [Path(sys.executable).parent / "urna", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1"} | dict(environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def refused(result: "subprocess.CompletedProcess[str]", *parts: str) -> None:
+    """One line on stderr with every part, exit code 2, no traceback."""
+    assert result.returncode == 2, result
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr + result.stdout
+    for part in parts:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("epsilon = 3.0", "epsilno = 3.0", ("privacy.epsilno", "did you mean epsilon?")),
+        ("epsilon = 3.0", "epsilon = 0", ("privacy.epsilon", "greater than 0", "found 0")),
+        ("epsilon = 3.0", "epsilon = nan", ("privacy.epsilon", "finite", "found nan")),
+        ("epsilon = 3.0", "epsilon = inf", ("privacy.epsilon", "finite", "found inf")),
+        ("epsilon = 3.0", "epsilon = -1.0", ("privacy.epsilon", "found -1.0")),
+        ("delta = 1e-5", "delta = 0.01", ("privacy.delta", "below 1/n", "found 0.01", "lower delta")),
+        ("num_sites = 5", "num_sites = 2", ("federation.virtual.num_sites", "at least federation.min_sites = 4", "found 2")),
+        ('name = "cnn"', 'name = "cnnn"', ("'cnnn'", "did you mean 'cnn'?")),
+        ("[task]", "[task", ("TOML", "syntax error")),
+    ],
+)
+def test_a_bad_plan_is_one_line_and_nothing_is_written(tmp_path: Path, old: str, new: str, parts: tuple[str, ...]) -> None:
+    text = PLAN.read_text()
+    assert old in text
+    (tmp_path / "plan.toml").write_text(text.replace(old, new, 1))
+    refused(urna("run", "plan.toml", cwd=tmp_path), *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+    refused(urna("plan", "check", "plan.toml", cwd=tmp_path), *parts)
+
+
+@pytest.mark.parametrize("command", ["resume", "status", "report", "predict"])
+def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, command: str) -> None:
+    extra = ["--input", "x.csv"] if command == "predict" else []
+    refused(urna(command, "nowhere", *extra, cwd=tmp_path), "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_plan_is_one_line(tmp_path: Path) -> None:
+    refused(urna("run", "nowhere.toml", cwd=tmp_path), "expected a plan file", "found nothing")
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of two built candidates that a test may spoil."""
+    pretrain_all(["pixels", "pca"])
+    cache = tmp_path_factory.mktemp("cache")
+    for name in ("pixels", "pca"):
+        shutil.copytree(cache_root() / name, cache / "models" / name)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [(pickle.dumps({"weights": [1.0]}), "must be safetensors, found a pickle"), (b"\0" * 100, "safetensors")],
+)
+def test_a_corrupt_or_pickled_model_is_one_line_and_never_opened(
+    tmp_path: Path, own_cache: Path, content: bytes, part: str
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(own_cache, cache)
+    (cache / "models" / "pca" / "model.safetensors").write_bytes(content)
+    text = PLAN.read_text()
+    head = text[: text.index("# The operator's prior")]
+    (tmp_path / "plan.toml").write_text(head + '[[candidates]]\nname = "pixels"\n[[candidates]]\nname = "pca"\n')
+    result = urna("run", "plan.toml", cwd=tmp_path, environment={"URNA_CACHE_DIR": str(cache)})
+    refused(result, part, "urna models pretrain")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_in_words_says_what_leaves_how_often_and_at_which_cost(tmp_path: Path) -> None:
+    result = urna("plan", "check", PLAN, cwd=tmp_path)
+    assert result.returncode == 0
+    for part in ("No record leaves", "epsilon 3 at delta 1e-05", "numbers leave once", "numbers leave 80 times", "Limits."):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["plan"],
+        ["plan", "check"],
+        ["run"],
+        ["resume"],
+        ["status"],
+        ["report"],
+        ["predict"],
+        ["monitor"],
+        ["models", "pretrain"],
+    ],
+)
+def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
+    result = urna(*command.split(), "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "Usage: urna" in result.stdout
+
+
+def test_the_command_line_starts_without_loading_torch_or_flower() -> None:
+    code = "import sys, urna.server.cli; sys.exit(bool({'torch', 'flwr', 'opacus', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_option_is_bad_input(tmp_path: Path) -> None:
+    assert urna("run", "--nope", cwd=tmp_path).returncode == 2
