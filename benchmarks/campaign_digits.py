@@ -88,7 +88,7 @@ def opacus_pooled(pool: Pool, name: str, plan: Plan, noise_multiplier: float, nu
         chosen = torch.from_numpy(poisson_sample(len(labels), plan.final.sample_rate))
         optimizer.zero_grad()
         outputs = module(features[chosen].requires_grad_())
-        torch.nn.functional.cross_entropy(outputs, labels[chosen], reduction="sum").backward()
+        torch.autograd.backward(torch.nn.functional.cross_entropy(outputs, labels[chosen], reduction="sum"))
         optimizer.step()
     with torch.no_grad():
         return torch.cat([linear.weight.flatten(), linear.bias]).numpy()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from urna.privacy.accounting import epsilon_of, event_from_json
-from urna.protocol.errors import LedgerError, ProtocolError
+from urna.protocol.errors import LedgerError, ReplayError
 from urna.protocol.messages import Partition, SpentRow, Stage
 
 PARTITIONS: tuple[Partition, ...] = ("tuning", "heldout")
@@ -118,7 +118,7 @@ class Ledger:
         """Keep what a campaign needs; joining again gives back what was kept.
 
         Raises:
-            ProtocolError: the campaign is known with another opening request.
+            ReplayError: the campaign is known with another opening request.
         """
         with _mapped(), self._transaction():
             self._db.execute(
@@ -127,7 +127,7 @@ class Ledger:
             )
         kept = self.campaign(row.campaign)
         if kept is None or kept.request_sha256 != row.request_sha256:
-            raise ProtocolError(f"campaign {row.campaign} is known here with another opening request")
+            raise ReplayError(f"campaign {row.campaign} is known here with another opening request")
         return kept
 
     def campaign(self, campaign: str) -> CampaignRow | None:
@@ -140,14 +140,14 @@ class Ledger:
         """What this ledger holds for a request: the released bytes, a bare reservation, or nothing.
 
         Raises:
-            ProtocolError: the id is known with other content.
+            ReplayError: the id is known with other content.
         """
         with _mapped():
             row = self._db.execute("SELECT request_sha256, reply FROM release WHERE request_id = ?", (request_id,)).fetchone()
         if row is None:
             return None
         if row[0] != request_sha256:
-            raise ProtocolError(f"request {request_id} is known here with other content: refused")
+            raise ReplayError(f"request {request_id} is known here with other content: refused")
         return "reserved" if row[1] is None else bytes(row[1])
 
     def holdout_fractions(self) -> frozenset[float]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from urna.protocol.errors import ProtocolError
+from urna.protocol.errors import NonFiniteError
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -80,10 +80,10 @@ def clip_rows(rows: Floats, max_norm: float) -> Floats:
     """Scale each row of (n, p) down to an L2 norm of at most ``max_norm``; shorter rows stay as they are.
 
     Raises:
-        ProtocolError: a number is not finite (it would switch the clip off: min(1, nan) is 1).
+        NonFiniteError: a number is not finite (it would switch the clip off: min(1, nan) is 1).
     """
     if not np.isfinite(rows).all():
-        raise ProtocolError("expected finite numbers before the clip, found NaN or infinity: nothing is released")
+        raise NonFiniteError("expected finite numbers before the clip, found NaN or infinity: nothing is released")
     largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
     scaled = rows / np.where(largest > 0, largest, 1.0)  # largest entry 1: squares neither overflow nor vanish
     allowed = max_norm / np.maximum(np.sqrt((scaled**2).sum(axis=1, keepdims=True)), 1.0)  # for the largest entry

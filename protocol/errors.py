@@ -10,6 +10,8 @@
       RoundError      exit 4      a round could not be completed with the minimum cohort
       ProtocolError   exit 4      a peer sent what the protocol does not allow
         SignatureError            not signed by whom it claims
+        ReplayError               a known request id with other content
+        NonFiniteError            NaN or infinity where a number is to be clipped
       LedgerError     exit 4      the ledger is missing, altered or busy: nothing is released
 
 Calling our own code out of order is ``RuntimeError``; a policy's *no* inside the program is a value (``Refusal``).
@@ -67,6 +69,14 @@ class ProtocolError(UrnaError):
 
 class SignatureError(ProtocolError):
     """A message was not signed by whom it claims."""
+
+
+class ReplayError(ProtocolError):
+    """A request id that was answered before came with other content."""
+
+
+class NonFiniteError(ProtocolError):
+    """A number that is to be clipped is NaN or infinite; it would switch the clip off."""
 
 
 class LedgerError(UrnaError):

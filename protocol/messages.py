@@ -94,6 +94,7 @@ class HelloRequest(Request):
     """Opens a campaign: the plan in full, and the hash of every candidate as the operator built it."""
 
     kind: Literal["hello"] = "hello"
+    stage: Literal["hello"] = "hello"
     plan_json: Annotated[str, Field(max_length=1_000_000)]
     models: dict[Name, Sha256]
 
@@ -111,6 +112,7 @@ class BallotRequest(Summed):
     """Asks for a site's votes over ``candidates``, in this order."""
 
     kind: Literal["ballot"] = "ballot"
+    stage: Literal["ballot"] = "ballot"
     candidates: Annotated[tuple[Name, ...], Field(min_length=2, max_length=64)]
 
 
@@ -118,6 +120,7 @@ class TrainRequest(Summed):
     """Asks for one round of DP training of ``candidate``; array ``vector`` (p,) float32 is the global head."""
 
     kind: Literal["train"] = "train"
+    stage: Literal["runoff", "final"]
     candidate: Name
 
 
@@ -128,6 +131,7 @@ class EvaluateRequest(Summed):
     """
 
     kind: Literal["evaluate"] = "evaluate"
+    stage: Literal["evaluation"] = "evaluation"
     candidates: Annotated[tuple[Name, ...], Field(min_length=1, max_length=3)]
     detail: bool
 
@@ -136,6 +140,7 @@ class CloseRequest(Request):
     """Ends a campaign: asks for what the ledger says it cost."""
 
     kind: Literal["close"] = "close"
+    stage: Literal["close"] = "close"
 
 
 class Reply(Message):

@@ -169,6 +169,11 @@ class Plan(Section):
                 f"{self.federation.min_sites - 2}, found {self.privacy.max_colluding_sites}: "
                 "with fewer than two honest sites a sum hides nothing"
             )
+        if self.ballot.budget_fraction * self.ballot.max_attempts > 0.9:
+            raise ValueError(
+                f"ballot.budget_fraction * ballot.max_attempts must be at most 0.9, found "
+                f"{self.ballot.budget_fraction * self.ballot.max_attempts:g}: leave some of the budget for training"
+            )
         if self.evaluation.curve_budget_fraction + self.evaluation.runoff_budget_fraction > 0.9:
             together = self.evaluation.curve_budget_fraction + self.evaluation.runoff_budget_fraction
             raise ValueError(

@@ -1,11 +1,6 @@
-import warnings
 from pathlib import Path
 
 import pytest
-
-with warnings.catch_warnings():  # typer 0.20 imports names that Click 8.5 deprecates; nobody else's warning is hidden
-    warnings.filterwarnings("ignore", r"'click\..* is deprecated", DeprecationWarning)
-    import typer.testing  # noqa: F401 - loaded once, here
 
 from tests.client.clinic import CANDIDATES, Clinic
 from urna.models.pretrain import pretrain

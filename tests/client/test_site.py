@@ -124,7 +124,7 @@ def test_hello_repeated_gives_the_same_bytes_also_after_a_restart(clinic: Clinic
 def test_the_same_campaign_cannot_be_opened_with_other_content(clinic: Clinic) -> None:
     clinic.hello()
     clinic.plan = a_plan(privacy={"epsilon": 2.0})
-    assert code(clinic.ask(clinic.hello_request())) == FailureCode.BAD_REQUEST
+    assert code(clinic.ask(clinic.hello_request())) == FailureCode.REPLAY_CHANGED
     assert "known here with another opening request" in clinic.log()
 
 
@@ -393,7 +393,7 @@ def test_resend_same_bytes_spends_once(clinic: Clinic, work: str) -> None:
 
 def test_replay_with_changed_content_refused(clinic: Clinic) -> None:
     clinic.ask(clinic.ballot())
-    assert code(clinic.ask(clinic.ballot(noise_multiplier=11.0))) == FailureCode.BAD_REQUEST
+    assert code(clinic.ask(clinic.ballot(noise_multiplier=11.0))) == FailureCode.REPLAY_CHANGED
     assert "request run-1/ballot/1 is known here with other content: refused" in clinic.log()
     assert num_releases(clinic) == 1
 

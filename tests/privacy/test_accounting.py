@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from urna.privacy.accounting import (
     described,

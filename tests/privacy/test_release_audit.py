@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from urna.privacy.accounting import noise_multiplier_for
 from urna.privacy.fixed_point import Grid
