@@ -5,14 +5,14 @@ Covered:
     * what each site spent is what its own statement says; where a statement is missing, that is said;
     * every text is escaped; the page needs no network and no script.
 Not covered:
-    * whether a statement is true: its signature was checked when it arrived, and the ledger behind it is the site's own.
+    * who signed a statement: its signature was checked when it arrived, and is not checked again here; the signed bytes are
+      in the journal (entries ``reply/close/<site>``: body and signature), so that anyone with the roster can do so;
+    * whether a statement is true: the ledger behind it is the site's own.
 """
 
-import io
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -25,20 +25,18 @@ from pydantic import BaseModel
 from urna.models.catalogue import CATALOGUE
 from urna.privacy.counts import COUNT_WEIGHT, CountLayout, Counts
 from urna.protocol.plan import Plan
+from urna.server import figures
 from urna.server.journal import Entry, Journal, Json, recorded_plan
 from urna.strategies.scores import scores
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 JSON_FILE, HTML_FILE, TEMPLATE_FILE = "report.json", "report.html", "report.html.j2"
+PER_CLASS = ("precision", "precision_stderr", "recall", "recall_stderr", "f1", "f1_stderr")
 UNIT = "one record of one site; add or remove"
 EXPERIMENTS = ("embedded", "memory")  # engines whose sites are folders of one person
 MAX_MATRIX_CLASSES = 16  # a larger confusion matrix is in report.json only
-FIGURE_INCHES = 5.8  # wide; texts of 9 points are then readable on a telephone too
-LABEL_LENGTH = 24  # letters of a name in a figure
 MAX_LISTED = 40  # sites or lost replies; report.json has all
 MEASURED_CLASSES, MEASURED_CANDIDATES = 12, 9  # the largest tasks on which the ballot was measured
 
@@ -88,14 +86,15 @@ class SiteEpsilon(Part):
 
 
 class EpsilonSpent(Part):
-    """By the sites' statements; ``missing`` are members that gave none."""
+    """By the sites' statements; ``missing`` are members that gave none, ``kept`` those whose signed bytes are in the journal."""
 
     max: float | None
     sites: dict[str, SiteEpsilon]
     missing: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
 
-class RoundFact(Part):
+class Round(Part):
     """One round; ``epsilon`` is what the records of its partition have spent with it if every site answered every round."""
 
     key: str
@@ -182,21 +181,21 @@ class Report(Part):
     undecided: bool | None  # whether the ballot left more than one contender
     ranking: tuple[Ranked, ...]
     runoff: tuple[Finalist, ...]
-    accuracy: float | None
-    accuracy_stderr: float | None
-    macro_f1: float | None
-    macro_f1_stderr: float | None
-    per_class: tuple[ClassScore, ...]
-    confusion: Confusion | None
-    num_records_evaluated: float | None
-    baseline_majority_accuracy: float | None
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+    macro_f1: float | None = None
+    macro_f1_stderr: float | None = None
+    per_class: tuple[ClassScore, ...] = ()
+    confusion: Confusion | None = None
+    num_records_evaluated: float | None = None
+    baseline_majority_accuracy: float | None = None
     learning_curve: tuple[CurvePoint, ...]
     epsilon_planned: float
     delta: float
     epsilon_spent: EpsilonSpent
     unit_of_privacy: str
     noise: Noise
-    rounds: tuple[RoundFact, ...]
+    rounds: tuple[Round, ...]
     dropouts: tuple[Dropout, ...]
     left: tuple[Left, ...]
     limits: tuple[str, ...]
@@ -303,17 +302,18 @@ class _Reading:
     def _ranking(self) -> tuple[Ranked, ...]:
         """Ranked candidates first, best first; then those that were not voted on, in the plan's order."""
         ballot = self.values.get("ballot", {"standings": [], "contenders": []})
-        voted = {one["name"]: (rank, one) for rank, one in enumerate(ballot["standings"], start=1)}
+        voted = {
+            one["name"]: {"rank": rank, "score": one["score"], "stderr": one["stderr"]}
+            for rank, one in enumerate(ballot["standings"], start=1)
+        }
         ranked = [
             Ranked(
                 name=one["name"],
-                family=_family(one["name"]),
-                score=voted[one["name"]][1]["score"] if one["name"] in voted else None,
-                stderr=voted[one["name"]][1]["stderr"] if one["name"] in voted else None,
-                rank=voted[one["name"]][0] if one["name"] in voted else None,
+                family=CATALOGUE[one["name"]].family if one["name"] in CATALOGUE else "unknown",
                 contender=one["name"] in ballot["contenders"],
                 shortlisted=not one["reasons"],
                 reasons=tuple(one["reasons"]),
+                **voted.get(one["name"], {}),
             )
             for one in self.values.get("shortlist", {"candidates": []})["candidates"]
         ]
@@ -327,23 +327,20 @@ class _Reading:
         return tuple(Finalist(name=name, accuracy=accuracy, stderr=stderr) for name, accuracy, stderr in triples)
 
     def _scores(self) -> Json:
-        """The fields of `Report` that the final counts fill."""
-        fields: Json = dict.fromkeys(("accuracy", "accuracy_stderr", "macro_f1", "macro_f1_stderr", "confusion"))
-        fields |= {"per_class": (), "num_records_evaluated": None, "baseline_majority_accuracy": None}
+        """The fields of `Report` that the final counts fill; none without them."""
         value = self.values.get("counts/final")
         if value is None:
-            return fields
+            return {}
         counts = _counts(value)
         found = scores(counts)
-        names = ("precision", "precision_stderr", "recall", "recall_stderr", "f1", "f1_stderr")
-        return fields | {
+        return {
             "accuracy": found.accuracy,
             "accuracy_stderr": found.accuracy_stderr,
             "macro_f1": found.macro_f1,
             "macro_f1_stderr": found.macro_f1_stderr,
             "confusion": Confusion(cells=value["confusion"], noise_std=counts.confusion_noise_std),
             "per_class": tuple(
-                ClassScore(label=label, **{name: float(getattr(found, name)[label]) for name in names})
+                ClassScore(label=label, **{name: float(getattr(found, name)[label]) for name in PER_CLASS})
                 for label in range(len(found.f1))
             ),
             "num_records_evaluated": found.num_records,
@@ -365,7 +362,8 @@ class _Reading:
             site: SiteEpsilon(total=value["epsilon"], stages=value["epsilon_by_stage"]) for site, value in statements.items()
         }
         largest = max((one.total for one in sites.values()), default=None)
-        return EpsilonSpent(max=largest, sites=sites, missing=tuple(sorted(members.keys() - sites.keys())))
+        kept = tuple(site for site in sites if f"reply/close/{site}" in self.values)
+        return EpsilonSpent(max=largest, sites=sites, missing=tuple(sorted(members.keys() - sites.keys())), kept=kept)
 
     def _noise(self) -> Noise:
         cohort = min((one.cohort for one in self.rounds), default=self.plan.federation.min_sites)
@@ -377,7 +375,7 @@ class _Reading:
 
     def _left(self) -> tuple[Left, ...]:
         """One line for each kind of release, in the order in which they began."""
-        groups: dict[tuple[str, str, str], list[RoundFact]] = {}
+        groups: dict[tuple[str, str, str], list[Round]] = {}
         for one in self.rounds:
             names = one.candidates[0] if one.purpose == "gradients" else ""
             groups.setdefault((one.stage, one.purpose, names), []).append(one)
@@ -403,7 +401,7 @@ class _Reading:
             "curve": "counts: right answers so far",
         }.get(purpose, "counts: right answers and the confusion matrix")
 
-    def _numbers(self, one: RoundFact) -> int:
+    def _numbers(self, one: Round) -> int:
         if one.purpose == "gradients":
             judged = self.values["shortlist"]["candidates"]
             return next((int(item["trainable_parameters"]) for item in judged if item["name"] == one.candidates[0]), 0)
@@ -437,11 +435,11 @@ class _Reading:
         return [line for line in lines if line]
 
 
-def _round(entry: Entry) -> RoundFact:
+def _round(entry: Entry) -> Round:
     value = entry.value
     purposes = {"ballot": "votes", "runoff": "gradients", "final": "gradients"}
     candidates = value.get("candidates", [value["candidate"]] if "candidate" in value else [])
-    return RoundFact(
+    return Round(
         key=entry.key.partition("/")[2],
         stage=value["stage"],
         index=value.get("index", value.get("attempt", 1)),
@@ -469,10 +467,6 @@ def _counts(value: Json) -> Counts:
         confusion=None if value["confusion"] is None else np.array(value["confusion"]),
         confusion_noise_std=value["confusion_noise_std"],
     )
-
-
-def _family(name: str) -> str:
-    return CATALOGUE[name].family if name in CATALOGUE else "unknown"
 
 
 def _about_size(counts: Counts) -> str:
@@ -568,120 +562,23 @@ def _verdict(report: Report) -> list[str]:
 
 
 def _figures(report: Report) -> dict[str, "Markup"]:
-    figures = {}
-    if any(one.score is not None for one in report.ranking):
-        figures["ranking"] = _ranking_figure(report)
-    if len(report.learning_curve) > 1:
-        figures["curve"] = _curve_figure(report)
+    drawn = {}
+    if marks := [
+        figures.Mark(one.name, one.score, one.stderr, one.contender, winner=one.name == report.winner)
+        for one in report.ranking
+        if one.score is not None and one.stderr is not None
+    ]:
+        drawn["ranking"] = figures.ranking(marks)
+    if len(curve := report.learning_curve) > 1:
+        rounds, accuracy, stderr = zip(*((point.round, point.accuracy, point.stderr) for point in curve), strict=True)
+        drawn["curve"] = figures.learning_curve(rounds, accuracy, stderr)
     if len(report.rounds) > 1:
-        figures["spending"] = _spending_figure(report)
-    return figures
-
-
-# Matplotlib knows no CSS: it draws in these colours, and `_svg` writes the page's variables in their place.
-INK, MUTED, RULE, ACCENT, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
-VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent", SECOND: "--second"}
-
-
-def _ranking_figure(report: Report) -> "Markup":
-    voted = [one for one in report.ranking if one.score is not None and one.stderr is not None]
-    figure, axes = _axes(0.34 * len(voted) + 0.75)
-    for at, one in enumerate(voted):
-        assert one.score is not None
-        assert one.stderr is not None
-        color = ACCENT if one.name == report.winner else INK if one.contender else MUTED
-        filled = color if one.contender else "none"
-        score, stderr = 100 * one.score, 100 * one.stderr
-        axes.errorbar(score, at, xerr=stderr, fmt="o", color=color, markerfacecolor=filled, markersize=6, linewidth=1.6)
-    axes.axvline(0, color=RULE, linewidth=1, zorder=0)
-    axes.set_ylim(len(voted) - 0.5, -0.5)
-    axes.set_yticks(range(len(voted)), [_short(one.name) for one in voted], parse_math=False)
-    axes.tick_params(axis="y", labelcolor=INK, labelsize=10)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("ballot score: points of 1-NN accuracy above the mean of all candidates")
-    title = "Ranking: " + ", ".join(f"{one.name} {100 * (one.score or 0):+.1f}" for one in voted)
-    return _svg(figure, "ranking", title)
-
-
-def _curve_figure(report: Report) -> "Markup":
-    figure, axes = _axes(2.6)
-    rounds = [point.round for point in report.learning_curve]
-    accuracy = 100 * np.array([point.accuracy for point in report.learning_curve])
-    stderr = 100 * np.array([point.stderr for point in report.learning_curve])
-    axes.fill_between(rounds, accuracy - stderr, accuracy + stderr, color=ACCENT, alpha=0.18, linewidth=0)
-    axes.plot(rounds, accuracy, "o-", color=ACCENT, markersize=5, linewidth=1.6)
-    axes.yaxis.grid(visible=True, color=RULE, linewidth=0.8)
-    axes.set_xlabel("round of training")
-    axes.set_ylabel("accuracy, %")
-    title = "Learning curve: " + ", ".join(f"round {at} {value:.1f} %" for at, value in zip(rounds, accuracy, strict=True))
-    return _svg(figure, "curve", title)
-
-
-def _spending_figure(report: Report) -> "Markup":
-    figure, axes = _axes(2.6)
-    for partition, color, name in (("tuning", ACCENT, "records that train"), ("heldout", SECOND, "held-out records")):
-        points = [(at, one.epsilon) for at, one in enumerate(report.rounds, start=1) if one.partition == partition]
-        if points:
-            at, epsilon = zip((0, 0.0), *points, (len(report.rounds), points[-1][1]), strict=True)
-            axes.step(at, epsilon, where="post", color=color, linewidth=1.8, label=name)
-    planned = f"planned, {report.epsilon_planned:g}"
-    axes.axhline(report.epsilon_planned, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=planned)
-    style = {"frameon": False, "labelcolor": "linecolor", "fontsize": 9, "handlelength": 1.6, "ncols": 3}
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), **style)
-    axes.set_ylim(0, 1.05 * max(report.epsilon_planned, *(one.epsilon for one in report.rounds)))
-    axes.set_xlim(0, len(report.rounds) + 0.5)
-    axes.yaxis.grid(visible=True, color=RULE, linewidth=0.8)
-    axes.set_xlabel("rounds asked")
-    axes.set_ylabel("epsilon spent")
-    return _svg(figure, "spending", f"Epsilon spent over {len(report.rounds)} rounds, planned {report.epsilon_planned:g}")
-
-
-def _axes(height_inches: float) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(FIGURE_INCHES, height_inches), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.subplots()
-    axes.patch.set_visible(False)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(RULE)
-    axes.tick_params(color=RULE, labelcolor=MUTED, labelsize=9)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(MUTED)
-        axis.label.set_fontsize(9)
-    return figure, axes
-
-
-def _svg(figure: "Figure", name: str, title: str) -> "Markup":
-    """The figure as an element of the page, in its colours and fonts; the same figure gives the same text."""
-    import matplotlib as mpl
-    from markupsafe import Markup, escape
-
-    file = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)  # one page, several figures
-    text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", text)
-    for color, variable in VARIABLES.items():
-        text = text.replace(color, f"var({variable})")
-    head = f'<svg role="img" aria-labelledby="{name}-title"'
-    text = text.replace("<svg", head, 1).replace(">", f'><title id="{name}-title">{escape(title)}</title>', 1)
-    return Markup(text)
+        drawn["spending"] = figures.spending([(one.partition, one.epsilon) for one in report.rounds], report.epsilon_planned)
+    return drawn
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _short(name: str) -> str:
-    """As a figure has room for it."""
-    return name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…"
 
 
 def _small(value: float) -> str:

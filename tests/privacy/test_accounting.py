@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from functools import cache
 
-import mpmath  # type: ignore[import-untyped]
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -27,14 +27,12 @@ from urna.server.metrics import (
     ENGINES,
     FOLDERS,
     MAX_RUNS,
-    PARTITIONS,
-    REASONS,
-    STATES,
     Monitor,
     RunsCollector,
     serve,
     serve_forever,
 )
+from urna.server.run_view import PARTITIONS, REASONS, STATES
 
 PLAN = parse_plan("""
 name = "digits"

@@ -103,6 +103,7 @@ def facts_of_a_run() -> dict[str, Json]:
         "model": {"candidate": "cnn", "steps": 2},
         "round/evaluation/final/1": a_round("evaluation", 2.2, candidates=["cnn"], purpose="final", attempt=1),
         "counts/final": counts(["cnn"], [0.955], detail=True),
+        **{f"reply/close/{site}": {"body": "{}", "signature": "00"} for site in ("site-1", "site-2", "site-3")},
         "statements": {"site-1": statement(2.5), "site-2": statement(2.4), "site-3": statement(2.3)},
         "finished": {"winner": "cnn"},
     }
@@ -188,6 +189,23 @@ def test_report_epsilon_is_the_statements(run_dir: Path) -> None:
     assert "at epsilon 2.50 of 3.00" in page
     assert "Stages do not add up to the total" in page
     assert "No statement came from site-4: count the planned epsilon there." in page
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        (("site-1", "site-2", "site-3"), "when it came; the signed bytes of all are kept in the journal"),
+        (("site-2",), "when it came; the signed bytes of 1 of 3 are kept in the journal"),
+        ((), "Each signature was checked when it came. No statement came from site-4"),
+    ],
+)
+def test_report_says_whose_signed_statements_can_be_checked_again(tmp_path: Path, kept: tuple[str, ...], words: str) -> None:
+    facts = facts_of_a_run()
+    for site in {"site-1", "site-2", "site-3"} - set(kept):
+        del facts[f"reply/close/{site}"]
+    report = read_report(recorded(tmp_path / "run-7", facts))
+    assert report.epsilon_spent.kept == kept
+    assert words in Page(render(report)).text
 
 
 def test_report_names_refusals_dropouts_and_lost_rounds(run_dir: Path) -> None:
@@ -346,6 +364,7 @@ def test_report_of_a_real_campaign_with_a_site_that_drops_out(tmp_path: Path) ->
     assert isinstance(report, Report)
     assert report.finished
     assert report.epsilon_spent.missing == ()
+    assert report.epsilon_spent.kept == tuple(report.epsilon_spent.sites)
     assert report.epsilon_spent.max is not None
     assert report.epsilon_spent.max <= report.epsilon_planned + 1e-9
     assert ("ballot/1", "site-5", "silent") in [(one.round, one.site, one.why) for one in report.dropouts]
