@@ -7,6 +7,7 @@ change of the head is what leaves, weighted by declared sizes.
 Constants of the plan, never of the data: sample_rate, max_grad_norm, the number of steps, what sums are divided by.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 
 from urna.models.tuning import head_from_vector, per_example_gradients
 from urna.privacy.fixed_point import Grid
-from urna.privacy.mechanisms import Floats, Integers, clip_rows, poisson_sample, standard_normal
+from urna.privacy.mechanisms import Floats, Integers, poisson_sample
 from urna.privacy.release import noisy_sum
 from urna.protocol.plan import Plan
+
+LOCAL_GRID_BITS = 24  # a local step's clip is about 2**24 grid units; nothing of it goes through the ring
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,10 @@ def local_steps(
         ProtocolError: a gradient is not finite.
     """
     max_norm = plan.final.max_grad_norm
+    grid = Grid(step_exp=math.floor(math.log2(max_norm)) - LOCAL_GRID_BITS, num_summands=1)
     current = vector.astype(np.float64)
     for _ in range(plan.final.local_steps):
-        clipped = clip_rows(sample_gradients(data, current.astype(np.float32), plan), max_norm)
-        noise = standard_normal(vector.size) * (noise_multiplier * max_norm)
-        current = current - plan.final.local_learning_rate / expected_batch * (clipped.sum(axis=0) + noise)
+        rows = sample_gradients(data, current.astype(np.float32), plan)
+        noisy = noisy_sum(rows, max_norm, noise_multiplier, grid, num_noise_parties=1) * grid.step
+        current = current - plan.final.local_learning_rate / expected_batch * noisy
     return np.asarray(current - vector)

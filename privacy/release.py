@@ -1,7 +1,6 @@
 """One site's part of a Gaussian release: rows -> clipped integers -> sum + its share of the noise.
 
-Votes, gradients and counts take this way. What does not: the change of a head with noise = "local", whose noise is added
-in floating point inside the steps (`client.training.local_steps`).
+Votes, counts and gradients (of shared and of local steps) take this way; there is no second one.
 
 Covered:
     * sensitivity: adding or removing one row changes the integer sum by at most ``sensitivity_clips`` clips in L2;

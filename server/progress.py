@@ -112,7 +112,7 @@ class Progress:
         steps = Text()
         for stage in STAGES:
             steps.append(f"{stage} ", style="bold green" if stage == self.stage else "dim")
-        grid.add_row("stage", steps)
+        grid.add_row("stage", steps if self.stage != "starting" else Text("starting the engine ...", style="bold"))
         total = max(self.rounds_planned, self.rounds_done, 1)
         eta = "" if self.eta_seconds is None else f"  about {max(0, self.eta_seconds):.0f} s left"
         grid.add_row("rounds", Group(ProgressBar(total=total, completed=self.rounds_done, width=40)))

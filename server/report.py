@@ -86,7 +86,7 @@ class SiteEpsilon(Part):
 
 
 class EpsilonSpent(Part):
-    """By the sites' statements; ``missing`` are members that gave none, ``kept`` those whose signed bytes are in the journal."""
+    """By the sites' statements; ``missing`` members gave none; of ``kept`` ones the journal has the signed bytes."""
 
     max: float | None
     sites: dict[str, SiteEpsilon]
