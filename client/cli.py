@@ -3,8 +3,6 @@
 Exit codes: 0 ok, 2 bad input, 4 the ledger cannot be used.
 """
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +12,7 @@ from rich.text import Text
 
 import urna
 from urna.client.ledger import Ledger, epsilon_of_rows
+from urna.protocol import commandline
 from urna.protocol.errors import BadInputError, SiteConfigError, UrnaError
 
 app = typer.Typer(
@@ -110,11 +109,5 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point: errors of the tree end in one line and their exit code."""
-    try:
-        app()
-    except UrnaError as error:
-        Console(stderr=True, highlight=False).print(Text(f"error: {error}"), soft_wrap=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os._exit(0)
+    """Entry point."""
+    commandline.run(app)

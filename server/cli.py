@@ -3,7 +3,6 @@
 Exit codes: 0 ok, 2 bad input, 3 refused by a site's policy, 4 failed round (`urna resume` goes on).
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 import urna
-from urna.protocol.errors import BadInputError, PlanError, RoundError, RunError, UrnaError
+from urna.protocol import commandline
+from urna.protocol.errors import BadInputError, PlanError, RoundError, RunError
 from urna.protocol.plan import Plan, load_plan
 from urna.server.journal import JOURNAL_FILE, Journal, begin, is_running, recorded_plan
 
@@ -84,7 +84,7 @@ def run(
 def resume(run_dir: RunDir) -> None:
     """Go on with a run that was interrupted; sites spend nothing twice."""
     journal = Journal.read(run_dir)
-    plan = _plan_of(journal)
+    plan = recorded_plan(journal)
     finished = journal.find("finished") is not None
     journal.close()
     if finished:
@@ -274,14 +274,9 @@ def _progress_of(run_dir: Path) -> "Progress":
 
     journal = Journal.read(run_dir)
     try:
-        return describe(journal.entries(), _plan_of(journal))
+        return describe(journal.entries(), recorded_plan(journal))
     finally:
         journal.close()
-
-
-def _plan_of(journal: Journal) -> Plan:
-
-    return recorded_plan(journal)
 
 
 @app.callback(invoke_without_command=True)
@@ -293,11 +288,5 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point: errors of the tree end in one line and their exit code."""
-    try:
-        app()
-    except UrnaError as error:
-        Console(stderr=True, highlight=False).print(Text(f"error: {error}"), soft_wrap=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os._exit(0)
+    """Entry point."""
+    commandline.run(app)
