@@ -35,7 +35,9 @@ from urna.protocol.errors import BadInputError, ModelError, RunError
 from urna.protocol.messages import Sha256
 from urna.protocol.plan import Name
 from urna.server.journal import Journal
-from urna.server.report import Report, decision_in_words, read_report
+from urna.server.report import Report
+from urna.server.report_page import decision_in_words
+from urna.server.report_reading import read_report
 
 if TYPE_CHECKING:
     from urna.models.loading import Backbone

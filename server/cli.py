@@ -257,7 +257,7 @@ def _check_engine(run_dir: Path, code: int) -> None:
 
 def _write_views(run_dir: Path) -> None:
     from urna.server.artefact import write_model
-    from urna.server.report import write_report
+    from urna.server.report_page import write_report
 
     page = write_report(run_dir)
     journal = Journal.read(run_dir)

@@ -63,6 +63,7 @@ def learning_curve(rounds: Sequence[int], accuracy: Sequence[float], stderr: Seq
     axes.yaxis.grid(visible=True, color=RULE, linewidth=0.8)
     axes.set_xlabel("round of training")
     axes.set_ylabel("accuracy, %")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))  # noise can carry a point above 100, never an accuracy
     title = "Learning curve: " + ", ".join(f"round {at} {value:.1f} %" for at, value in zip(rounds, percent, strict=True))
     return _svg(figure, "curve", title)
 

@@ -13,7 +13,9 @@ from urna.models.pretrain import pretrain
 from urna.protocol.errors import RunError
 from urna.protocol.plan import Plan, parse_plan
 from urna.server.journal import JOURNAL_FILE, Journal, Json, begin
-from urna.server.report import HTML_FILE, JSON_FILE, Report, headline, read_report, render, write_report
+from urna.server.report import Report
+from urna.server.report_page import HTML_FILE, JSON_FILE, headline, render, write_report
+from urna.server.report_reading import read_report
 
 PLAN = """
 name = "digits"
