@@ -163,7 +163,7 @@ def test_pretraining_never_reads_the_private_digits(tmp_path: Path) -> None:
         control = _opened
     finally:
         _opened = None
-    assert any(Path(path).name == "china.jpg" for path in opened)
+    assert any(Path(path).is_relative_to(tmp_path) for path in opened)
     assert not [path for path in opened if "digits" in Path(path).name]
     assert [path for path in control if "digits" in Path(path).name]  # the hook would have seen it
 
