@@ -9,6 +9,7 @@ person holds them all; their ledgers live and end with the run's folder. This is
 import csv
 import json
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ def partition(labels: npt.NDArray[np.int64], virtual: VirtualSites, minimum: int
 
 
 def prepare(run_dir: Path, plan: Plan) -> None:
-    """Make the operator's key, the roster and a folder for every virtual site; what exists is kept.
+    """Make the operator's key, the roster and a folder for every virtual site, unless all of it is there.
+
+    What an interrupted attempt left behind is made anew: without a roster nothing can have been asked of these sites.
 
     Raises:
         RunError: the plan has no virtual sites.
@@ -77,6 +80,8 @@ def prepare(run_dir: Path, plan: Plan) -> None:
 
     dataset = load_dataset(virtual.dataset)
     run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run_dir / SITES_DIR, ignore_errors=True)
+    (run_dir / OPERATOR_KEY_FILE).unlink(missing_ok=True)
     operator = create_identity(OPERATOR, run_dir / OPERATOR_KEY_FILE)
     keys = {}
     for number, part in enumerate(partition(dataset.labels, virtual), start=1):
@@ -88,7 +93,9 @@ def prepare(run_dir: Path, plan: Plan) -> None:
     roster = Roster(operator=operator.public_key_hex, sites=keys)
     for name in keys:
         (run_dir / SITES_DIR / name / ROSTER_FILE).write_text(roster.model_dump_json(indent=2), encoding="utf-8")
-    (run_dir / ROSTER_FILE).write_text(roster.model_dump_json(indent=2), encoding="utf-8")  # last: it says all is there
+    unnamed = run_dir / f"{ROSTER_FILE}.new"
+    unnamed.write_text(roster.model_dump_json(indent=2), encoding="utf-8")
+    unnamed.replace(run_dir / ROSTER_FILE)  # last: it says that all is there
 
 
 def _write_records(path: Path, dataset: Dataset, part: npt.NDArray[np.int64]) -> None:
@@ -120,6 +127,7 @@ epsilon_total = {privacy.epsilon}
 epsilon_per_campaign = {privacy.epsilon}
 delta = {privacy.delta}
 min_cohort = {min(3, plan.federation.min_sites)}
+min_colluding_sites = {min(1, privacy.max_colluding_sites)}
 """
 
 

@@ -4,13 +4,16 @@
     oracle          the candidate with the best mean over the seeds, fine-tuned with the whole epsilon
     random          the mean candidate, fine-tuned with the whole epsilon
     fine_tune_all   every candidate fine-tuned, jointly accounted; the best by noisy held-out counts is deployed
-    shared_minus_pooled   one candidate by secure sum with shared noise, less Opacus' own DPOptimizer on the pooled records
+    shared_minus_pooled   one candidate by secure sum with shared noise, less Opacus' own DPOptimizer on the pooled records with
+                    the same noise (so the shares bear no colluder, as a pool has none); `..._one_colluder`: they bear one
     cost_ratio      CPU seconds of the campaign over those of fine-tuning every candidate the same way
 
+Oracle, random and fine-tune-all are of the same federation: their noise, too, suffices when one site takes its share off.
 True held-out accuracy is read with full knowledge, which only a benchmark has.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -67,7 +70,7 @@ def pool_of(federation: Federation) -> Pool:
 
 
 def opacus_pooled(pool: Pool, name: str, plan: Plan, noise_multiplier: float, num_steps: int) -> Features:
-    """Fine-tune a head on the pooled records with Opacus' DPOptimizer: the peer (its noise from the CSPRNG, as ours)."""
+    """Fine-tune a head on the pooled records with Opacus' DPOptimizer: the peer (torch's generator, seeded by ours)."""
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
@@ -94,9 +97,20 @@ def opacus_pooled(pool: Pool, name: str, plan: Plan, noise_multiplier: float, nu
         return torch.cat([linear.weight.flatten(), linear.bias]).numpy()
 
 
-def with_epsilon(plan: Plan, epsilon: float, seed: int, names: tuple[str, ...] | None = None) -> Plan:
-    """The plan at another epsilon and partition, of some of its candidates."""
+def federated(plan: Plan, noise_multiplier: float) -> float:
+    """The noise that a sum over all sites carries, when ``noise_multiplier`` of it is accounted."""
+    assert plan.federation.virtual is not None
+    num_sites = plan.federation.virtual.num_sites
+    return noise_multiplier * math.sqrt(num_sites / plan.noise_parties(num_sites))
+
+
+def with_epsilon(
+    plan: Plan, epsilon: float, seed: int, names: tuple[str, ...] | None = None, colluding: int | None = None
+) -> Plan:
+    """The plan at another epsilon and partition, of some of its candidates, bearing another number of colluders."""
     document = plan.model_dump()
+    if colluding is not None:
+        document["privacy"]["max_colluding_sites"] = colluding
     document["privacy"]["epsilon"] = epsilon
     document["federation"]["virtual"]["seed"] = seed
     if names is not None:
@@ -125,11 +139,11 @@ def fine_tune_all(pool: Pool, plan: Plan, names: list[str]) -> float:
     """Accuracy of the best of all by noisy held-out counts, every training step of every candidate accounted together."""
     privacy, final = plan.privacy, plan.final
     multiplier = noise_multiplier_for(privacy.epsilon, privacy.delta, final.num_rounds * len(names), final.sample_rate)
-    heads = [opacus_pooled(pool, name, plan, multiplier, final.num_rounds) for name in names]
+    heads = [opacus_pooled(pool, name, plan, federated(plan, multiplier), final.num_rounds) for name in names]
     layout = CountLayout(len(names))
     logits = [predict_logits(head, pool.heldout[name]) for head, name in zip(heads, names, strict=True)]
     rows = layout.rows(pool.heldout_labels, np.stack([one.argmax(axis=1) for one in logits], axis=1))
-    noise = final_counts_noise_multiplier(plan, [], last_attempt=True)
+    noise = federated(plan, final_counts_noise_multiplier(plan, [], last_attempt=True))
     counts = layout.decode(rows.sum(axis=0) + noise * standard_normal(layout.size), noise, plan.num_heldout_records)
     best = int(counts.accuracy.argmax())
     return pool.accuracy(names[best], heads[best])
@@ -140,12 +154,14 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(1)
     base = load_plan(PLAN)
     names = [entry.name for entry in base.candidates]
-    pooled = {f"{epsilon:g}": _shared_minus_pooled(base, epsilon, options.seeds) for epsilon in POOLED_EPSILONS}
+    pooled = {f"{epsilon:g}": _shared_minus_pooled(base, epsilon, options.seeds, 0) for epsilon in POOLED_EPSILONS}
+    bearing_one = {f"{epsilon:g}": _shared_minus_pooled(base, epsilon, options.seeds, 1) for epsilon in POOLED_EPSILONS}
     results = [_one_epsilon(base, epsilon, names, options.seeds) for epsilon in EPSILONS]
     return {
         "epsilon": list(EPSILONS),
         **{key: [one[key] for one in results] for key in results[0]},
         "shared_minus_pooled": pooled,
+        "shared_minus_pooled_one_colluder": bearing_one,
         "seeds": options.seeds,
         "seed": list(range(options.seeds)),
         "plan": base.sha256,
@@ -164,7 +180,7 @@ def _one_epsilon(base: Plan, epsilon: float, names: list[str], seeds: int) -> di
         cpu.append(seconds)
         whole = noise_multiplier_for(epsilon, plan.privacy.delta, plan.final.num_rounds, plan.final.sample_rate)
         for name in names:
-            head = opacus_pooled(pool, name, plan, whole, plan.final.num_rounds)
+            head = opacus_pooled(pool, name, plan, federated(plan, whole), plan.final.num_rounds)
             assert head.size == trainable_size(pool.tuning[name].shape[1], plan.task.num_classes)
             each[name].append(pool.accuracy(name, head))
         all_tuned.append(fine_tune_all(pool, plan, names))
@@ -183,14 +199,15 @@ def _one_epsilon(base: Plan, epsilon: float, names: list[str], seeds: int) -> di
     }
 
 
-def _shared_minus_pooled(base: Plan, epsilon: float, seeds: int) -> float:
+def _shared_minus_pooled(base: Plan, epsilon: float, seeds: int, colluding: int) -> float:
     differences = []
     for seed in range(seeds):
-        plan = with_epsilon(base, epsilon, seed, (POOLED_CANDIDATE,))
+        plan = with_epsilon(base, epsilon, seed, (POOLED_CANDIDATE,), colluding)
         federation, winner, vector, _ = run_federation(plan)
         pool = pool_of(federation)
         whole = noise_multiplier_for(epsilon, plan.privacy.delta, plan.final.num_rounds, plan.final.sample_rate)
         peer = opacus_pooled(pool, winner, plan, whole, plan.final.num_rounds)
         differences.append(pool.accuracy(winner, vector) - pool.accuracy(winner, peer))
-    print(f"epsilon {epsilon:g}: shared - pooled {statistics.mean(differences):+.4f}", flush=True)
+    mean = statistics.mean(differences)
+    print(f"epsilon {epsilon:g}, {colluding} colluders: shared - pooled {mean:+.4f}", flush=True)
     return round(statistics.mean(differences), 4)

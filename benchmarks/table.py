@@ -43,7 +43,11 @@ def _campaign(record: dict[str, object]) -> list[str]:
     differences = ", ".join(f"{value:+.3f} at epsilon {epsilon}" for epsilon, value in pooled.items())
     where = f"{record['command']}; commit {record['commit']}; {record['machine']}"
     lines += ["", f"Held-out accuracy, means of {record['seeds']} partitions ({where})."]
-    lines += [f"Shared noise by secure sum, less pooled DP-SGD by Opacus: {differences}."]
+    lines += [f"Shared noise by secure sum, less pooled DP-SGD by Opacus with the same noise: {differences}."]
+    bearing = record["shared_minus_pooled_one_colluder"]
+    assert isinstance(bearing, dict)
+    prices = ", ".join(f"{value:+.3f} at epsilon {epsilon}" for epsilon, value in bearing.items())
+    lines += [f"With shares that bear one colluding site, as the plan asks: {prices}."]
     return lines
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 import urna
-from urna.client.ledger import Ledger, epsilon_of_rows
+from urna.client.ledger import Ledger
+from urna.privacy.accounting import epsilon_of_rows
 from urna.protocol import commandline
 from urna.protocol.errors import BadInputError, SiteConfigError, UrnaError
 

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from urna.privacy.accounting import epsilon_of, event_from_json
+from urna.privacy.accounting import event_from_json
 from urna.protocol.errors import LedgerError, ReplayError
 from urna.protocol.messages import Partition, SpentRow, Stage
 
-PARTITIONS: tuple[Partition, ...] = ("tuning", "heldout")
 GENESIS = "0" * 64
 BUSY_TIMEOUT_SECONDS = 30
 SCHEMA = """
@@ -236,16 +235,6 @@ class Ledger:
             if self._db.in_transaction:  # also after a commit that failed: what is not on disk must not be read back
                 self._db.execute("ROLLBACK")
             raise
-
-
-def epsilon_of_rows(rows: tuple[SpentRow, ...], delta: float) -> float:
-    """Epsilon of ``rows``: the larger of the two partitions, for a record is in one only (parallel composition)."""
-    return max(epsilon_of(expand(rows, partition), delta) for partition in PARTITIONS)
-
-
-def expand(rows: tuple[SpentRow, ...], partition: Partition) -> list[str]:
-    """The events of one partition, each as often as it was released."""
-    return [row.event for row in rows if row.partition == partition for _ in range(row.count)]
 
 
 def _connect(path: Path) -> sqlite3.Connection:

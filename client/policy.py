@@ -12,8 +12,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from urna.client.ledger import Release, epsilon_of_rows, expand
-from urna.privacy.accounting import epsilon_of
+from urna.client.ledger import Release
+from urna.privacy.accounting import counted, epsilon_of, epsilon_of_rows
 from urna.protocol.messages import SpentRow
 from urna.protocol.plan import Name, Plan, Section
 
@@ -25,6 +25,7 @@ class Policy(Section):
     epsilon_per_campaign: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     min_cohort: Annotated[int, Field(ge=2)] = 3
+    min_colluding_sites: Annotated[int, Field(ge=0)] = 1  # the plan's noise must bear that many; 0 trusts every member
     candidates: tuple[Name, ...] | None = None  # None: any that this installation knows
 
 
@@ -67,6 +68,10 @@ def admit_plan(policy: Policy, plan: Plan, spent: tuple[SpentRow, ...]) -> Grant
             plan.federation.min_sites >= policy.min_cohort,
             f"cohort: the plan opens sums of {plan.federation.min_sites} sites, this site asks for {policy.min_cohort}",
         ),
+        (
+            plan.privacy.noise == "local" or plan.privacy.max_colluding_sites >= policy.min_colluding_sites,
+            f"noise: the plan bears {plan.privacy.max_colluding_sites} colluders, this site asks {policy.min_colluding_sites}",
+        ),
         (not foreign, f"candidates: not allowed at this site: {', '.join(foreign)}"),
     ]
     reasons = tuple(reason for fine, reason in checks if not fine)
@@ -92,10 +97,10 @@ def admit_release(
         spent_ever: what this site has ever released, this campaign included.
     """
     partition, event = release.partition, release.event
-    so_far = sum(row.count for row in spent_here if row.partition == partition and row.event == event)
-    ahead = [event] * max(planned_count, so_far + release.count)
-    campaign = [e for e in expand(spent_here, partition) if e != event] + ahead
-    ever = expand(spent_ever, partition) + ahead[so_far:]
+    campaign, ever = counted(spent_here, partition), counted(spent_ever, partition)
+    more = max(planned_count - campaign[event], release.count)
+    campaign[event] += more
+    ever[event] += more
     epsilon_campaign = epsilon_of(campaign, plan.privacy.delta)
     cap = min(plan.privacy.epsilon, policy.epsilon_per_campaign)
     epsilon_ever = epsilon_of(ever, policy.delta)

@@ -4,7 +4,9 @@ Covered:
     * a request is read only if the pinned operator signed it; a reply is signed by this site and names its request;
     * nothing is computed on records before the release is reserved in the ledger, and nothing leaves before it is settled;
     * a repeated request gets the same bytes; a known id with other content is refused;
-    * whatever goes wrong, a fixed code leaves; the text stays in this site's log.
+    * whatever goes wrong, a fixed code leaves; the text stays in this site's log;
+    * once a release is reserved, whether it fails does not depend on single records: a record whose gradient is not finite
+      counts as zero, and heads that could make one overflow are refused before.
 Not covered (yet):
     * sealing past the relay, human approval, a ledger head echoed by the operator.
 """
@@ -23,13 +25,13 @@ from pydantic import ValidationError
 import urna
 from urna.client import ballot, evaluation, training
 from urna.client.data import DataConfig, Records, buckets, load_records, split
-from urna.client.ledger import CampaignRow, Ledger, Release, epsilon_of_rows
+from urna.client.ledger import CampaignRow, Ledger, Release
 from urna.client.policy import Denial, Policy, admit_plan, admit_release
 from urna.models.catalogue import spec
 from urna.models.loading import artefact_sha256, load_backbone
 from urna.models.preflight import check_head
 from urna.models.tuning import normalise_for_head, trainable_size
-from urna.privacy.accounting import described, epsilon_of
+from urna.privacy.accounting import described, epsilon_of_rows
 from urna.privacy.counts import CountLayout
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Integers
@@ -58,7 +60,6 @@ from urna.protocol.messages import (
     Masked,
     Member,
     Refusal,
-    SpentRow,
     Stage,
     Statement,
     Summed,
@@ -70,6 +71,7 @@ from urna.protocol.plan import Name, Plan, Section, explain, read_text
 
 CONFIG_FILE, IDENTITY_FILE, DATA_KEY_FILE = "site.toml", "identity.key", "data.key"
 ROSTER_FILE, LEDGER_FILE, LOG_FILE = "roster.json", "ledger.sqlite", "site.log"
+HEAD_LIMIT = 1e4  # of a head's numbers: no record's gradient can overflow at such a head
 Features = npt.NDArray[np.float32]
 
 
@@ -192,6 +194,9 @@ class Site:
             raise ProtocolError(f"expected {self.identity.name} with its own round key in the cohort, found another or none")
         for member in request.cohort:
             member.check(self.roster, request.campaign)
+        plan.check_sizes([member.num_records for member in request.cohort])
+        if request.planned_count > plan.max_planned_count:
+            raise ProtocolError(f"expected at most {plan.max_planned_count} planned releases, found {request.planned_count}")
         heads = _heads(request)
         asked = request.candidates if isinstance(request, BallotRequest) else tuple(heads.values())
         foreign = set(asked) - {entry.name for entry in plan.candidates}  # the policy allowed the plan's, no others
@@ -258,8 +263,10 @@ class Site:
     def _vector(self, envelope: Envelope, name: str, candidate: str, plan: Plan) -> npt.NDArray[np.float32]:
         vector = envelope.arrays.get(name)
         size = trainable_size(spec(candidate).feature_dim, plan.task.num_classes)
-        if vector is None or vector.shape != (size,) or vector.dtype != np.float32 or not np.isfinite(vector).all():
-            raise ProtocolError(f"expected a finite float32 head ({size},) in array {name!r}")
+        if vector is None or vector.shape != (size,) or vector.dtype != np.float32:
+            raise ProtocolError(f"expected a float32 head ({size},) in array {name!r}")
+        if not (np.abs(vector) <= HEAD_LIMIT).all():  # false for NaN too
+            raise ProtocolError(f"expected a head of numbers up to {HEAD_LIMIT:g}, found larger ones or NaN")
         return np.asarray(vector, dtype=np.float32)
 
     def split_records(self, fraction: float) -> tuple[Records, Records]:
@@ -281,7 +288,7 @@ class Site:
         rows = self.ledger.rows(request.campaign)
         delta = plan.privacy.delta
         stages: list[Stage] = list(dict.fromkeys(row.stage for row in rows))
-        by_stage = {stage: _stage_epsilon(rows, stage, delta) for stage in stages}
+        by_stage = {stage: epsilon_of_rows((row for row in rows if row.stage == stage), delta) for stage in stages}
         statement = Statement(
             request_sha256=envelope.sha256,
             rows=rows,
@@ -300,10 +307,6 @@ def _heads(request: Summed) -> dict[str, Name]:
         case EvaluateRequest():
             return {f"vector-{at}": name for at, name in enumerate(request.candidates)}
     return {}
-
-
-def _stage_epsilon(rows: tuple[SpentRow, ...], stage: Stage, delta: float) -> float:
-    return epsilon_of([row.event for row in rows if row.stage == stage for _ in range(row.count)], delta)
 
 
 def failure_code(error: Exception) -> FailureCode:

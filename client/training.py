@@ -32,11 +32,17 @@ class TuningSet:
 
 
 def sample_gradients(data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan) -> Floats:
-    """Unclipped gradients (b, p) of a fresh Poisson sample at ``vector`` (p,); b may be 0."""
+    """Unclipped gradients (b, p) of a fresh Poisson sample at ``vector`` (p,); b may be 0.
+
+    A record whose gradient is not finite contributes zero. An error instead would tell, without noise, that such a record
+    was sampled; zero is a function of that record alone, so the clip's argument holds.
+    """
     chosen = poisson_sample(len(data.labels), plan.final.sample_rate)
     head = head_from_vector(vector, data.features.shape[1], plan.task.num_classes)
     features, labels = torch.from_numpy(data.features[chosen]), torch.from_numpy(data.labels[chosen])
-    return np.asarray(per_example_gradients(head, features, labels).numpy(), dtype=np.float64)
+    rows = np.asarray(per_example_gradients(head, features, labels).numpy(), dtype=np.float64)
+    rows[~np.isfinite(rows).all(axis=1)] = 0.0
+    return rows
 
 
 def shared_step(

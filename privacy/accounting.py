@@ -17,13 +17,13 @@ Not covered:
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 import dp_accounting
 from dp_accounting import pld, rdp
 
-from urna.protocol.messages import BallotRequest, EvaluateRequest, Partition, Summed, TrainRequest
+from urna.protocol.messages import PARTITIONS, BallotRequest, EvaluateRequest, Partition, SpentRow, Summed, TrainRequest
 from urna.protocol.plan import Plan
 
 PLD_STEP = 1e-3  # discretisation of the privacy loss; pessimistic, so epsilon can only come out too large
@@ -86,8 +86,8 @@ def event_from_json(text: str) -> dp_accounting.DpEvent:
     raise ValueError(f"expected a release that this version can account for, found {text[:200]}: update urna")
 
 
-def epsilon_of(events: Iterable[str], delta: float) -> float:
-    """The epsilon at ``delta`` of all ``events`` together (JSON descriptions, repeats allowed, any order).
+def epsilon_of(events: Iterable[str] | Mapping[str, int], delta: float) -> float:
+    """The epsilon at ``delta`` of all ``events`` together: JSON descriptions in any order, repeated or with their counts.
 
     Raises:
         ValueError: ``delta`` is not in (0, 1), or an event is unknown.
@@ -107,7 +107,22 @@ def _epsilon(merged: tuple[tuple[str, int], ...], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def epsilon_rdp(events: Iterable[str], delta: float) -> float:
+def counted(rows: Iterable[SpentRow], partition: Partition) -> Counter[str]:
+    """The events of one partition with their counts."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        if row.partition == partition:
+            total[row.event] += row.count
+    return total
+
+
+def epsilon_of_rows(rows: Iterable[SpentRow], delta: float) -> float:
+    """Epsilon of ``rows``: the larger of the two partitions, for a record is in one only (parallel composition)."""
+    kept = tuple(rows)
+    return max(epsilon_of(counted(kept, partition), delta) for partition in PARTITIONS)
+
+
+def epsilon_rdp(events: Iterable[str] | Mapping[str, int], delta: float) -> float:
     """The same by Renyi DP (Mironov 2017): looser, independent code; the cross-check of `epsilon_of`."""
     merged = sorted(Counter(events).items())
     accountant = rdp.RdpAccountant()
@@ -127,35 +142,21 @@ def mu_for(epsilon: float, delta: float) -> float:
     return _largest(lambda mu: gaussian_delta(mu, epsilon) <= delta, 1e-6, 1e3)
 
 
-def gaussian_mu_squared(events: Iterable[str]) -> float:
-    """The squared mu of Gaussian releases together: they add up (Dong, Roth, Su 2019, corollary 3.3).
-
-    Raises:
-        ValueError: an event is not a plain Gaussian release.
-    """
-    total = 0.0
-    for text in events:
-        event = event_from_json(text)
-        if not isinstance(event, dp_accounting.GaussianDpEvent):
-            raise ValueError(f"expected Gaussian releases only, found {text}")
-        total += float(event.noise_multiplier) ** -2
-    return total
-
-
 def noise_multiplier_for(
-    target_epsilon: float, delta: float, num_steps: int, sample_rate: float, spent: Iterable[str] = ()
+    target_epsilon: float, delta: float, num_steps: int, sample_rate: float, spent: Iterable[str] | Mapping[str, int] = ()
 ) -> float:
     """The smallest noise multiplier, rounded up, that lets ``num_steps`` DP-SGD steps fit beside what is spent.
 
     Raises:
         ValueError: nothing is left: what is spent already reaches ``target_epsilon``.
     """
-    fixed = list(spent)
-    if epsilon_of(fixed, delta) >= target_epsilon:
-        raise ValueError(f"epsilon {target_epsilon:g} is already spent: lower the cost of the earlier stages")
+    fixed = Counter(spent)
+    already = epsilon_of(fixed, delta)
+    if already >= target_epsilon:
+        raise ValueError(f"epsilon {already:.3g} of {target_epsilon:g} is taken by earlier releases: raise epsilon")
 
     def fits(inverse: float) -> bool:
-        steps = [subsampled_gaussian(sample_rate, 1 / inverse)] * num_steps
+        steps = Counter({subsampled_gaussian(sample_rate, 1 / inverse): num_steps})
         return epsilon_of(fixed + steps, delta) <= target_epsilon
 
     return 1 / _largest(fits, 1e-4, 5.0, tolerance=1e-3)

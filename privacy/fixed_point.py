@@ -5,7 +5,7 @@ grid (`mechanisms.integer_noise`), so the privacy proof is about integers and no
 
 Covered:
     * the L2 norm of every record's integers is at most ``units(max_norm)``, checked in exact integer arithmetic;
-    * a site's sum is clamped (a contraction: it cannot raise the sensitivity) so that no honest sum wraps;
+    * a site's sum of data is clamped before its noise is added, so that no honest sum wraps by more than noise;
     * non-finite input is refused.
 Not covered:
     * a site that lies about its own sum: it can send any ring element.
@@ -83,13 +83,19 @@ class Grid:
         return integers
 
     def quantise(self, vector: Floats) -> Integers:
-        """Put one vector (p,) on the grid, nearest value, without a clip: for numbers that are already released."""
-        return np.asarray(np.rint(clip_rows(vector[None] / self.step, 2.0**62)[0]), dtype=np.int64)
+        """Put one vector (p,) that is private already on the grid: nearest value, within the summand's part of the ring."""
+        return self.clamp(np.asarray(np.rint(clip_rows(vector[None] / self.step, 2.0**62)[0]), dtype=np.int64))
+
+    def clamp(self, integers: Integers) -> Integers:
+        """Keep a sum of *data* within the summand's part of the ring: a contraction, it cannot raise the sensitivity.
+
+        Never after noise was added: where shares of several sites make up the noise, a site that saturates would add none.
+        """
+        return np.clip(integers, -self.bound, self.bound)
 
     def to_ring(self, integers: Integers) -> Ring:
-        """Clamp to the summand's part of the ring and represent modulo 2**32."""
-        clamped = np.clip(integers, -self.bound, self.bound)
-        return clamped.astype(np.uint32)  # C conversion: modulo 2**32
+        """Represent modulo 2**32; for the sum over sites that is post-processing, whatever the step."""
+        return integers.astype(np.uint32)  # C conversion: modulo 2**32
 
     def from_ring(self, total: Ring) -> Floats:
         """Read a sum back: the representative nearest to zero, times the step."""

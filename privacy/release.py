@@ -37,13 +37,13 @@ def noisy_sum(
         sensitivity_clips: by how many C one record can move the sum: 1 where a record is a row, 2 where it changes one.
 
     Returns:
-        (p,) integers in grid units, not yet clamped to the ring.
+        (p,) integers in grid units; the data's part of them is within the summand's part of the ring.
 
     Raises:
         ProtocolError: a number is not finite.
         ValueError: the grid is too coarse for this clip or noise.
     """
-    total: Integers = grid.quantise_rows(rows, max_norm).sum(axis=0, dtype=np.int64)
+    total = grid.clamp(grid.quantise_rows(rows, max_norm).sum(axis=0, dtype=np.int64))
     return total + noise_share(total.size, max_norm, noise_multiplier, grid, num_noise_parties, sensitivity_clips)
 
 

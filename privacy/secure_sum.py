@@ -14,7 +14,8 @@ sum is not opened, for nobody holds the missing masks. Two roles:
 Covered:
     * a curious server or relay, and any set of colluding sites that leaves two honest ones: it sees uniform ring elements;
     * swapped, unsigned and unknown keys, duplicates, a cohort below the minimum, this site missing from it or its key altered;
-    * two uploads for one context: a round id is masked once (the caller's ledger keeps the bytes for repeats).
+    * two uploads for one context in one life of a role; across requests and restarts that is the ledger's promise, which
+      keeps the bytes for repeats.
 Not covered:
     * dropouts: the round ends without a sum (double masking and Shamir shares come with the full protocol);
     * a site that lies about its own vector; n - 1 colluding sites always know the rest, so what is summed is DP anyway.

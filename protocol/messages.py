@@ -37,6 +37,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Stage = Literal["hello", "ballot", "runoff", "final", "evaluation", "close"]
 Partition = Literal["tuning", "heldout"]  # of a site's records, by a keyed hash of each id
+PARTITIONS: tuple[Partition, ...] = ("tuning", "heldout")
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=1000)]
 AnyArray = npt.NDArray[Any]  # of the types in ARRAY_TYPES only
 ARRAY_TYPES = ("float32", "uint32")
 RAW = "urna.raw"  # how arrays travel in Flower records: their bytes, little-endian, in C order
@@ -55,7 +58,7 @@ class Member(Message):
 
     site: Name
     public_key: PublicKeyHex
-    num_records: Annotated[int, Field(ge=1)]  # declared, public, may be rounded
+    num_records: Annotated[int, Field(ge=1, le=10**12)]  # declared, public, may be rounded
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
     @staticmethod
@@ -153,7 +156,7 @@ class HelloReply(Reply):
     """What a site may say publicly."""
 
     kind: Literal["hello"] = "hello"
-    urna_version: str
+    urna_version: Annotated[str, Field(max_length=50)]
     member: Member
 
 
@@ -168,25 +171,25 @@ class SpentRow(Message):
 
     stage: Stage
     partition: Partition
-    event: str  # JSON of a dp_accounting event
-    count: Annotated[int, Field(ge=1)]
+    event: Text  # JSON of a dp_accounting event
+    count: Annotated[int, Field(ge=1, le=10**12)]
 
 
 class Statement(Reply):
     """What a site's ledger says that this campaign cost; signed with the envelope."""
 
     kind: Literal["statement"] = "statement"
-    rows: tuple[SpentRow, ...]
-    epsilon_by_stage: dict[Stage, float]
-    epsilon: float  # of the campaign: the larger of the two partitions, which compose in parallel
-    delta: float
+    rows: Annotated[tuple[SpentRow, ...], Field(max_length=10_000)]
+    epsilon_by_stage: dict[Stage, NotNegative]
+    epsilon: NotNegative  # of the campaign: the larger of the two partitions, which compose in parallel
+    delta: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Refusal(Reply):
     """The policy says no, with every reason."""
 
     kind: Literal["refusal"] = "refusal"
-    reasons: Annotated[tuple[str, ...], Field(min_length=1)]
+    reasons: Annotated[tuple[Text, ...], Field(min_length=1, max_length=100)]
 
 
 class Failure(Reply):
@@ -255,10 +258,7 @@ def open_request(envelope: Envelope, roster: Roster, operator: str) -> AnyReques
         ProtocolError: not signed by ``operator``, too large, or not a request of this version.
     """
     _check(envelope, roster, operator)
-    try:
-        return _REQUEST.validate_json(envelope.body)
-    except ValidationError as error:
-        raise ProtocolError(f"expected a request of version 1, found {_summary(error)}") from None
+    return read_request(envelope.body)
 
 
 def open_reply(envelope: Envelope, roster: Roster, site: str, request: Envelope) -> AnyReply:
@@ -275,6 +275,18 @@ def open_reply(envelope: Envelope, roster: Roster, site: str, request: Envelope)
     if reply.request_sha256 != request.sha256:
         raise ProtocolError(f"expected {site}'s answer to {request.sha256[:12]}, found one to another request")
     return reply
+
+
+def read_request(body: bytes) -> AnyRequest:
+    """Read the body of a request that was signed here.
+
+    Raises:
+        ProtocolError: not a request of this version.
+    """
+    try:
+        return _REQUEST.validate_json(body)
+    except ValidationError as error:
+        raise ProtocolError(f"expected a request of version 1, found {_summary(error)}") from None
 
 
 def _check(envelope: Envelope, roster: Roster, sender: str) -> None:

@@ -8,12 +8,13 @@ import difflib
 import hashlib
 import math
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from urna.protocol.errors import PlanError
+from urna.protocol.errors import PlanError, ProtocolError
 
 PLAN_LIMIT_BYTES = 1_000_000  # refused before it is parsed
 
@@ -62,7 +63,9 @@ class Privacy(Section):
     epsilon: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # must stay below 1 / federation.num_records
     noise: Literal["shared", "local"] = "shared"
-    max_colluding_sites: Annotated[int, Field(ge=0)] = 0  # sites that may pool what they know with the server
+    # members that the noise does not count on; with 0 epsilon holds against the server only, not against a fellow member,
+    # who knows its own share of the noise
+    max_colluding_sites: Annotated[int, Field(ge=0)] = 1
 
 
 class VirtualSites(Section):
@@ -163,11 +166,11 @@ class Plan(Section):
                 f"federation.virtual.num_sites must be at least federation.min_sites = {self.federation.min_sites}, "
                 f"found {virtual.num_sites}: add sites or lower the minimum"
             )
-        if self.privacy.max_colluding_sites >= self.federation.min_sites - 1:
+        if self.privacy.noise == "shared" and self.privacy.max_colluding_sites >= self.federation.min_sites - 1:
             raise ValueError(
                 f"privacy.max_colluding_sites must be at most federation.min_sites - 2 = "
                 f"{self.federation.min_sites - 2}, found {self.privacy.max_colluding_sites}: "
-                "with fewer than two honest sites a sum hides nothing"
+                "with fewer than two honest sites a sum hides nothing; add sites or lower it"
             )
         if self.ballot.budget_fraction * self.ballot.max_attempts > 0.9:
             raise ValueError(
@@ -206,6 +209,25 @@ class Plan(Section):
     def expected_batch(self) -> float:
         """B = q n: what a sum of gradients is divided by, whatever was really sampled."""
         return self.final.sample_rate * self.num_tuning_records
+
+    @property
+    def max_planned_count(self) -> int:
+        """The most releases of one kind that any stage may announce."""
+        training = self.final.num_rounds + (self.runoff.num_finalists - 1) * self.runoff.num_rounds
+        return max(training, self.ballot.max_attempts, self.evaluation.max_attempts, self.evaluation.num_curve_points)
+
+    def check_sizes(self, sizes: Sequence[int]) -> None:
+        """Sites' declared sizes add up to no more than the plan's public number, rounding of a tenth allowed.
+
+        Raises:
+            ProtocolError: they do not; errors, weights and buckets would be wrong.
+        """
+        limit = 1.1 * self.federation.num_records
+        if sum(sizes) > limit:
+            raise ProtocolError(
+                f"expected sites that declare at most {self.federation.num_records} records in all, found {sum(sizes)}: "
+                "correct federation.num_records or the sites' declarations"
+            )
 
     def noise_parties(self, cohort_size: int) -> int:
         """How many honest sites of a cohort surely add their share of the noise.

@@ -5,13 +5,12 @@ JSON; used once, to begin), ``operator-key`` and ``roster`` (paths on this machi
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from urna.protocol.errors import RunError
-from urna.protocol.identity import OPERATOR, load_identity, load_roster
+from urna.protocol.identity import OPERATOR, Identity, Roster, load_identity, load_roster
 from urna.protocol.plan import Plan
 from urna.server.campaign import run_campaign
 from urna.server.deployed import ENGINE, write_exit
@@ -19,13 +18,10 @@ from urna.server.journal import JOURNAL_FILE, begin
 from urna.server.process import log_to, record_error
 from urna.server.rounds import GridTransport
 
-if TYPE_CHECKING:
-    from urna.protocol.identity import Identity, Roster
-
 DEPLOYED_POLL_SECONDS = 0.2
 
 
-def run_on_grid(run_dir: Path, grid: Grid, identity: "Identity", roster: "Roster", poll_seconds: float = 0.05) -> None:
+def run_on_grid(run_dir: Path, grid: Grid, identity: Identity, roster: Roster, poll_seconds: float = 0.05) -> None:
     """Run a begun campaign over a Flower Grid."""
     run_campaign(run_dir, GridTransport(grid, poll_seconds), identity, roster)
 

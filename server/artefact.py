@@ -317,7 +317,7 @@ def _about_privacy(report: Report) -> str:
         f"(epsilon, delta) differential privacy. Planned: epsilon {report.epsilon_planned:g} at delta {report.delta:g}. "
         f"Spent by the dearest site: {cost}.{missing}\n"
         f"Unit: {report.unit_of_privacy}. Choice, training and evaluation are all in it.\n"
-        f"Noise is {report.noise.kind}: {report.noise.meaning}; honest parties needed: {report.noise.honest_parties}."
+        f"Noise is {report.noise.kind}: {report.noise.meaning}."
     )
 
 

@@ -60,6 +60,8 @@ def run(
     roster: Annotated[Path | None, typer.Option(help="The roster of pinned keys (with --federation).")] = None,
 ) -> None:
     """Run a plan: shortlist, ballot, fine-tune, evaluate, report."""
+    from urna.strategies.budget import check_affordable
+
     plan = load_plan(path)
     run_dir = runs_dir / (name or f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", run_dir.name):
@@ -68,6 +70,7 @@ def run(
         raise RunError(f"{run_dir} exists: choose another --name, or `urna resume {run_dir}`")
     if federation is None and plan.federation.virtual is None:
         raise PlanError("federation.virtual: expected for the embedded engine, found none: add it, or use --federation NAME")
+    check_affordable(plan)
     _prepare_models(plan)
     if federation is None:
         begin(run_dir, plan, "embedded")

@@ -17,7 +17,15 @@ def plan_in_words(plan: Plan) -> str:
     vote = ballot_noise_multiplier(plan)
     ahead = [gaussian(vote)] if len(specs) > 1 else []
     step = training_noise_multiplier(plan, plan.final.num_rounds, ahead)
-    parts = [_who(plan), _choice(plan, specs, vote, step), _training(plan, specs, step), _evaluation(plan), _limits(plan)]
+    num_kept = sum(not one.reasons for one in shortlist(plan, specs, step))
+    parts = [
+        _who(plan),
+        _choice(plan, specs, step),
+        _ballot(plan, num_kept, vote),
+        _training(plan, specs, step),
+        _evaluation(plan),
+        _limits(plan),
+    ]
     return f"plan {plan.name}  {plan.sha256}\n\n" + "\n\n".join(parts)
 
 
@@ -36,24 +44,34 @@ def _who(plan: Plan) -> str:
     )
 
 
-def _choice(plan: Plan, specs: list[CandidateSpec], vote: float, step: float) -> str:
+def _choice(plan: Plan, specs: list[CandidateSpec], step: float) -> str:
     judged = shortlist(plan, specs, step)
     lines = []
     for one, candidate in zip(judged, specs, strict=True):
         verdict = f"dropped: {', '.join(one.reasons)}" if one.reasons else f"{one.trainable_parameters} numbers to train"
         lines.append(f"  {one.name:<14}{candidate.family:<26}{candidate.num_parameters:>9,} parameters   {verdict}")
-    kept = [one for one in judged if not one.reasons]
+    return f"Candidates (shortlist by public numbers, free):\n{chr(10).join(lines)}"
+
+
+def _ballot(plan: Plan, num_candidates: int, vote: float) -> str:
+    settings = plan.ballot
+    if num_candidates < 2:
+        return "Ballot. None is held: there is one candidate."
     cost = epsilon_of([gaussian(vote)], plan.privacy.delta)
-    then = {
-        "runoff": f"the leading {plan.runoff.num_finalists} train {plan.runoff.num_rounds} rounds each and are compared on "
-        "held-out records",
-        "prior": "the operator's order of candidates decides among the leaders",
-    }[plan.ballot.if_undecided]
     return (
-        f"Candidates (shortlist by public numbers, free):\n{chr(10).join(lines)}\n"
-        f"Ballot. {len(kept)} numbers leave once: votes of buckets of about {plan.ballot.bucket_size} records, "
-        f"noise multiplier {vote:.2f}, epsilon {cost:.3f} an attempt, at most {plan.ballot.max_attempts} attempts. "
-        f"If it is undecided, {then}."
+        f"Ballot. {num_candidates} numbers leave once, and once more for each attempt that is lost ({settings.max_attempts} "
+        f"attempts at most): votes of buckets of about {settings.bucket_size} records, noise multiplier {vote:.2f}, epsilon "
+        f"{cost:.3f} an attempt. If it is undecided, {_then(plan)}."
+    )
+
+
+def _then(plan: Plan) -> str:
+    if plan.ballot.if_undecided == "prior":
+        return "the operator's order of candidates decides among the leaders"
+    runoff = plan.runoff
+    return (
+        f"up to {runoff.num_finalists} leaders train {min(runoff.num_rounds, plan.final.num_rounds)} rounds each and are "
+        "compared on held-out records; the winner keeps its rounds"
     )
 
 
@@ -61,33 +79,54 @@ def _training(plan: Plan, specs: list[CandidateSpec], step: float) -> str:
     final = plan.final
     sizes = sorted({(one.feature_dim + 1) * plan.task.num_classes for one in specs})
     numbers = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    most = max_training_rounds(plan)
+    often = f"{final.num_rounds} times" + (f", with a runoff up to {most} times" if most > final.num_rounds else "")
+    what = f"a random {final.sample_rate:.0%} of the records, each clipped to {final.max_grad_norm:g}"
+    if plan.privacy.noise == "shared":
+        each = f"gradients of {what}"
+    else:
+        each = f"the change of a head after {final.local_steps} noisy steps at the site, each on gradients of {what}"
     steps = final.num_rounds * final.local_steps
-    cost = epsilon_of([subsampled_gaussian(final.sample_rate, step)] * steps, plan.privacy.delta)
+    cost = epsilon_of({subsampled_gaussian(final.sample_rate, step): steps}, plan.privacy.delta)
     return (
-        f"Fine-tune ({final.tuning}). {numbers} numbers leave {final.num_rounds} times: gradients of a random "
-        f"{final.sample_rate:.0%} of the records, each clipped to {final.max_grad_norm:g}, "
-        f"noise multiplier {step:.2f} or more, epsilon {cost:.3f}. "
-        f"With the ballot that is epsilon {plan.privacy.epsilon:g} or less."
+        f"Fine-tune ({final.tuning}). {numbers} numbers leave {often}: {each}; noise multiplier {step:.2f} or more. "
+        f"{final.num_rounds} rounds cost epsilon {cost:.3f}; more rounds get more noise. With the ballot that is epsilon "
+        f"{plan.privacy.epsilon:g} or less."
     )
 
 
 def _evaluation(plan: Plan) -> str:
     settings, shares = plan.evaluation, evaluation_budget(plan)
-    curve = f"{settings.num_curve_points} times the accuracy so far (noise multiplier {shares.curve:.2f}), then "
+    parts = []
+    if plan.ballot.if_undecided == "runoff" and len(plan.candidates) > 1:
+        parts.append(
+            f"after a runoff the finalists' right answers ({plan.runoff.num_finalists + 1} numbers at most, noise multiplier "
+            f"{shares.runoff:.2f}, {settings.max_attempts} attempts at most)"
+        )
+    if settings.num_curve_points:
+        parts.append(f"up to {settings.num_curve_points} times the accuracy so far (2 numbers, {shares.curve:.2f})")
+    counts = 2 + plan.task.num_classes**2
+    parts.append(f"the final counts with a confusion matrix ({counts} numbers, {settings.max_attempts} attempts at most)")
     return (
         f"Evaluation. {settings.holdout_fraction:.0%} of each site's records never train; a keyed hash chooses them once. From "
-        f"them leave {curve if settings.num_curve_points else ''}the final counts with a confusion matrix "
-        f"({1 + 1 + plan.task.num_classes**2} numbers). They may spend the same epsilon again, for no record is in both parts."
+        f"them leave {'; '.join(parts)}. They may spend the same epsilon again, for no record is in both parts."
     )
+
+
+def max_training_rounds(plan: Plan) -> int:
+    """How often heads can leave in training, runoff included."""
+    if plan.ballot.if_undecided == "prior" or len(plan.candidates) < 2:
+        return plan.final.num_rounds
+    finalists = min(plan.runoff.num_finalists, len(plan.candidates))
+    return plan.final.num_rounds + (finalists - 1) * min(plan.runoff.num_rounds, plan.final.num_rounds)
 
 
 def _limits(plan: Plan) -> str:
-    honest = plan.noise_parties(plan.federation.min_sites)
-    note = (
-        f"The epsilon holds if {honest} of the sites of a round add their noise honestly. "
-        if plan.privacy.noise == "shared"
-        else ""
-    )
+    colluding = plan.privacy.max_colluding_sites
+    who = f"all sites of a round but {colluding}" if colluding else "all sites of a round"
+    note = f"The epsilon holds if {who} add their noise honestly. " if plan.privacy.noise == "shared" else ""
+    if plan.privacy.noise == "shared" and not colluding:
+        note += "It holds against the server, not against a fellow site, who knows its own share of the noise. "
     return (
         f"Limits. {note}A site can lie about its own contribution: its clip bounds it only while it is honest. "
         "One person with records at two sites pays at both."

@@ -103,7 +103,7 @@ class Noise(Part):
 
     kind: str
     meaning: str
-    honest_parties: int  # of a round's sites, for the epsilon to hold
+    max_colluding_sites: int  # of a round's sites; epsilon holds if all others add their noise
 
 
 class Left(Part):

@@ -185,12 +185,12 @@ class _Reading:
         return EpsilonSpent(max=largest, sites=sites, missing=tuple(sorted(members.keys() - sites.keys())), kept=kept)
 
     def _noise(self) -> Noise:
-        cohort = min((one.cohort for one in self.rounds), default=self.plan.federation.min_sites)
         meaning = {
             "shared": "each site adds its part of the noise, and only the sum over all sites of a round is ever opened",
             "local": "each site adds enough noise for its own contribution to be private by itself",
         }[self.plan.privacy.noise]
-        return Noise(kind=self.plan.privacy.noise, meaning=meaning, honest_parties=self.plan.noise_parties(cohort))
+        privacy = self.plan.privacy
+        return Noise(kind=privacy.noise, meaning=meaning, max_colluding_sites=privacy.max_colluding_sites)
 
     def _left(self) -> tuple[Left, ...]:
         """One line for each kind of release, in the order in which they began."""
@@ -299,4 +299,7 @@ def _about_size(counts: Counts) -> str:
 
 def _about_honesty(colluding: int) -> str:
     who = f"at most {colluding} sites tell" if colluding else "no site tells"
-    return f"The noise is shared: epsilon holds as long as {who} the server its part of the noise and its masks."
+    against = (
+        "" if colluding else " It holds against the server, not against a fellow site, who knows its own part of the noise."
+    )
+    return f"The noise is shared: epsilon holds as long as {who} the server its part of the noise and its masks.{against}"

@@ -31,6 +31,7 @@ from urna.protocol.messages import (
     Summed,
     from_record,
     open_reply,
+    read_request,
     seal,
     to_record,
 )
@@ -82,18 +83,19 @@ class GridTransport:
         from flwr.app import Message as FlowerMessage
 
         deadline = time.monotonic() + timeout_seconds
-        messages = [
-            FlowerMessage(content=to_record(request), dst_node_id=node, message_type=route, ttl=timeout_seconds)
-            for node, request in requests.items()
-        ]
-        ids = list(self._grid.push_messages(messages))
-        waiting = dict(zip(ids, requests, strict=True))
+        waiting: dict[str, int] = {}
+        for node, request in requests.items():
+            message = FlowerMessage(content=to_record(request), dst_node_id=node, message_type=route, ttl=timeout_seconds)
+            pushed = [one for one in self._grid.push_messages([message]) if one]  # empty or "" where it was not stored
+            if pushed:
+                waiting[pushed[0]] = node
+            else:
+                yield node, None
         while waiting and time.monotonic() < deadline:
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, _read(reply)
+                if reply.metadata.reply_to_message_id in waiting:
+                    yield waiting.pop(reply.metadata.reply_to_message_id), _read(reply)
             if not replies:
                 time.sleep(self._poll_seconds)
 
@@ -156,11 +158,18 @@ class Rounds:
         self._active: dict[str, Member] = {}
         self._members: dict[str, Member] = {}
 
-    def hello(self, request: Request, num_expected: int) -> tuple[dict[str, HelloReply], dict[str, str]]:
+    def hello(
+        self, request: Request, num_expected: int, believe: Callable[[HelloReply], str | None]
+    ) -> tuple[dict[str, HelloReply], dict[str, str]]:
         """Ask everyone within reach; learn who is who by signature.
 
+        Args:
+            request: the opening request.
+            num_expected: how many to wait for.
+            believe: why a site that would join may not, or None.
+
         Returns:
-            The members by name, and why others are none: refusals and codes by name.
+            The members by name, and why others are none: refusals, codes and doubts by name.
         """
         envelope = self._sealed("hello", request, {})
         nodes = self._transport.addresses(num_expected, self._timeout_seconds)
@@ -175,6 +184,10 @@ class Rounds:
                     answer.member.check(self._roster, request.campaign)
                     if answer.member.site != reply.sender:
                         raise ProtocolError(f"{reply.sender} speaks for {answer.member.site}")
+                    doubt = believe(answer)
+                    if doubt is not None:
+                        others[reply.sender] = doubt
+                        continue
                     members[reply.sender] = answer
                     self._address[reply.sender] = node
                 else:
@@ -267,8 +280,7 @@ class Rounds:
             request, arrays = make(tuple(self._active.values()), key)
             return request, self._sealed(key, request, arrays)
         envelope = self._restored(kept.value, kept.arrays)
-        request = _summed(envelope)
-        return request, envelope
+        return _summed(envelope), envelope
 
     def _sealed(self, key: str, message: Message, arrays: Mapping[str, AnyArray]) -> Envelope:
         kept = self._journal.find(f"ask/{key}")
@@ -304,12 +316,9 @@ class Rounds:
 
 
 def _summed(envelope: Envelope) -> Summed:
-    from pydantic import TypeAdapter
-
-    from urna.protocol.messages import BallotRequest, EvaluateRequest, TrainRequest
-
-    adapter: TypeAdapter[Summed] = TypeAdapter(BallotRequest | TrainRequest | EvaluateRequest)
-    return adapter.validate_json(envelope.body)
+    request = read_request(envelope.body)
+    assert isinstance(request, Summed)  # it was recorded by `_asked`
+    return request
 
 
 def _why(answer: AnyReply) -> str:

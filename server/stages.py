@@ -3,22 +3,26 @@
 Everything is recorded in the journal under the stage's key; asking again gives back what was recorded.
 """
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from urna.models.catalogue import spec
 from urna.models.loading import artefact_sha256
 from urna.models.tuning import trainable_size
-from urna.privacy.accounting import described, epsilon_of
+from urna.privacy.accounting import described, epsilon_of, epsilon_of_rows
 from urna.privacy.counts import CountLayout, Counts
 from urna.privacy.fixed_point import grid_for
 from urna.privacy.mechanisms import Floats
-from urna.protocol.errors import PlanError, RefusedError, RoundError
+from urna.protocol.errors import PlanError, ProtocolError, RefusedError, RoundError
 from urna.protocol.messages import (
+    PARTITIONS,
     AnyArray,
+    AnyReply,
     BallotRequest,
     CloseRequest,
     EvaluateRequest,
@@ -37,6 +41,7 @@ from urna.server.rounds import Ask, Outcome, Rounds
 from urna.strategies import ballot
 from urna.strategies.aggregation import OptimizerState, apply
 
+log = logging.getLogger(__name__)
 NOISE_RANGE = 12.0  # standard deviations of noise that the ring leaves room for
 
 
@@ -48,6 +53,8 @@ class Stages:
     plan: Plan
     journal: Journal
     rounds: Rounds
+    _seen: int = 0
+    _asked: dict[Partition, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in PARTITIONS})
 
     def hello(self) -> None:
         """Open the campaign at every site within reach.
@@ -60,14 +67,26 @@ class Stages:
         fields = self._header("hello", "hello")
         request = HelloRequest(**fields, plan_json=self.plan.model_dump_json(), models=models)
         federation = self.plan.federation
-        members, others = self.rounds.hello(
-            request, federation.virtual.num_sites if federation.virtual else federation.min_sites
-        )
+        expected = federation.virtual.num_sites if federation.virtual else federation.min_sites
+        members, others = self.rounds.hello(request, expected, self._doubt)
         if len(members) < federation.min_sites:
             reasons = "; ".join(f"{site} {why}" for site, why in sorted(others.items())) or "nobody else answered"
             text = f"the plan needs {federation.min_sites} sites, found {len(members)}: {reasons}"
             raise RefusedError(text) if any(why.startswith("refused") for why in others.values()) else RoundError(text)
+        try:
+            self.plan.check_sizes([one.member.num_records for one in members.values()])
+        except ProtocolError as error:
+            raise RoundError(str(error)) from None
         self.journal.once("hello", lambda: {"members": _facts_of(members), "others": others})
+
+    def _doubt(self, answer: HelloReply) -> str | None:
+        """Why a site that says hello is no member: the first hello that found enough sites fixes who takes part."""
+        opened = self.journal.find("hello")
+        if opened is not None and answer.member.site not in opened.value["members"]:
+            return "came after the campaign had begun"
+        if answer.member.num_records > self.plan.federation.num_records:
+            return f"declares {answer.member.num_records} records, more than the plan's {self.plan.federation.num_records}"
+        return None
 
     def ballot(self, names: Sequence[str], multiplier: float) -> ballot.Ranking | None:
         """Votes over ``names``, in as many attempts as the plan pays for; None when all were lost."""
@@ -155,17 +174,30 @@ class Stages:
         if self.journal.find("statements") is not None:
             return
         answers = self.rounds.ask_all("close", "query.close", CloseRequest(**self._header("close", "close")))
-        statements = {site: answer.model_dump() for site, answer in sorted(answers.items()) if isinstance(answer, Statement)}
+        statements = {site: answer.model_dump() for site, answer in sorted(answers.items()) if self._is_sound(answer)}
         self.journal.record("statements", statements)
+
+    def _is_sound(self, answer: AnyReply) -> bool:
+        """Whether a statement's epsilon is what its own rows cost, at the plan's delta."""
+        if not isinstance(answer, Statement) or answer.delta != self.plan.privacy.delta:
+            return False
+        try:
+            return math.isclose(answer.epsilon, epsilon_of_rows(answer.rows, answer.delta), rel_tol=1e-6)
+        except ValueError:
+            log.warning("a statement lists a release that this version cannot account for")
+            return False
 
     def start(self, candidate: str) -> OptimizerState:
         """The head that every fine-tune of ``candidate`` starts from."""
         return OptimizerState.start(self._size(candidate))
 
-    def asked_events(self, partition: Partition) -> list[str]:
-        """Every event of the records ``partition`` that some site may have released so far: all that were asked."""
-        rounds = [entry.value for entry in self.journal.entries() if entry.kind == "round"]
-        return [one["event"] for one in rounds if one["partition"] == partition for _ in range(one["count"])]
+    def asked_events(self, partition: Partition) -> Counter[str]:
+        """Every event of the records ``partition`` that some site may have released so far, counted: all that were asked."""
+        for entry in self.journal.entries(after=self._seen):
+            self._seen = entry.seq
+            if entry.kind == "round":
+                self._asked[entry.value["partition"]][entry.value["event"]] += entry.value["count"]
+        return Counter(self._asked[partition])
 
     def noise_std(self, multiplier: float, sensitivity: float, cohort_size: int) -> float:
         """Standard deviation of the noise on an opened sum: every member's share is in it, also the colluders'."""
@@ -177,7 +209,7 @@ class Stages:
     def _cost(self, request: Summed) -> Json:
         """What this round brings the records it touches to, had every site answered every round."""
         partition, event, count = described(request, self.plan)
-        events = self.asked_events(partition) + [event] * count
+        events = self.asked_events(partition) + Counter({event: count})
         return {
             "stage": request.stage,
             "partition": partition,

@@ -11,7 +11,11 @@ DECIDED_STDERRS = 2.0  # the leader must be this many standard errors of the dif
 
 @dataclass(frozen=True)
 class Standing:
-    """One candidate's mean score (1-NN accuracy above the mean of all candidates) and its standard error."""
+    """One candidate's mean score (1-NN accuracy above the mean of all candidates) and its standard error.
+
+    The error is that of the privacy noise alone: how much the buckets' votes vary is not released. At small epsilon the noise
+    dominates; at epsilon 8 a ranking is somewhat less certain than it looks.
+    """
 
     name: str
     score: float

@@ -5,11 +5,15 @@ records compose in parallel with them, so evaluation may use the whole epsilon a
 """
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from urna.privacy.accounting import mu_for, noise_multiplier_for
+from urna.privacy.accounting import gaussian, mu_for, noise_multiplier_for
+from urna.protocol.errors import PlanError
 from urna.protocol.plan import Plan
+
+Events = Iterable[str] | Mapping[str, int]  # descriptions, repeated or with their counts
 
 
 def ballot_noise_multiplier(plan: Plan) -> float:
@@ -17,15 +21,30 @@ def ballot_noise_multiplier(plan: Plan) -> float:
     return 1 / (math.sqrt(plan.ballot.budget_fraction) * mu_for(plan.privacy.epsilon, plan.privacy.delta))
 
 
-def training_noise_multiplier(plan: Plan, num_rounds: int, spent: Iterable[str]) -> float:
+def training_noise_multiplier(plan: Plan, num_rounds: int, spent: Events) -> float:
     """What lets ``num_rounds`` rounds of the plan fit beside the events that the tuning records have spent.
 
     Raises:
-        ValueError: nothing is left.
+        PlanError: the plan's epsilon cannot pay for that.
     """
     privacy = plan.privacy
     steps = num_rounds * plan.final.local_steps
-    return noise_multiplier_for(privacy.epsilon, privacy.delta, steps, plan.final.sample_rate, spent)
+    try:
+        return noise_multiplier_for(privacy.epsilon, privacy.delta, steps, plan.final.sample_rate, spent)
+    except ValueError as error:
+        raise PlanError(
+            f"privacy.epsilon: {privacy.epsilon:g} cannot pay for ballot and {steps} training steps: {error}"
+        ) from None
+
+
+def check_affordable(plan: Plan) -> None:
+    """Whether the plan's epsilon pays for all that it may ask, before anything is begun.
+
+    Raises:
+        PlanError: it does not.
+    """
+    ballots = Counter({gaussian(ballot_noise_multiplier(plan)): plan.ballot.max_attempts})
+    training_noise_multiplier(plan, plan.max_planned_count, ballots if len(plan.candidates) > 1 else Counter())
 
 
 @dataclass(frozen=True)
@@ -45,16 +64,19 @@ def evaluation_budget(plan: Plan) -> EvaluationBudget:
     return EvaluationBudget(_multiplier(curve, settings.num_curve_points), _multiplier(runoff, settings.max_attempts))
 
 
-def final_counts_noise_multiplier(plan: Plan, spent: Iterable[str], *, last_attempt: bool) -> float:
+def final_counts_noise_multiplier(plan: Plan, spent: Events, *, last_attempt: bool) -> float:
     """Noise of the final counts: what the held-out records have left; a first attempt keeps a fifth back for another.
 
     What is left is found by PLD, as the sites' ledgers will: squared mus alone come out too large by a thousandth.
 
     Raises:
-        ValueError: nothing is left.
+        PlanError: nothing is left.
     """
     privacy = plan.privacy
-    smallest = noise_multiplier_for(privacy.epsilon, privacy.delta, 1, 1.0, spent)
+    try:
+        smallest = noise_multiplier_for(privacy.epsilon, privacy.delta, 1, 1.0, spent)
+    except ValueError as error:
+        raise PlanError(f"evaluation: nothing is left for the final counts: {error}") from None
     return smallest if last_attempt else smallest / math.sqrt(0.8)
 
 

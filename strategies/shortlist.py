@@ -21,7 +21,7 @@ def shortlist(plan: Plan, candidates: list[CandidateSpec], noise_multiplier: flo
     """Judge every candidate by task, modality, licence, size and noise-to-signal ratio, in the plan's order.
 
     The ratio is noise_multiplier * sqrt(p) / (sample_rate * n): the norm of one step's noise over the largest norm that
-    the sum of clipped gradients can have.
+    the sum of clipped gradients can have; with local noise there are sqrt(sites) times as much of it.
     """
     return [_judge(plan, candidate, noise_multiplier) for candidate in candidates]
 
@@ -29,7 +29,8 @@ def shortlist(plan: Plan, candidates: list[CandidateSpec], noise_multiplier: flo
 def _judge(plan: Plan, candidate: CandidateSpec, noise_multiplier: float) -> Shortlisted:
     rules = plan.shortlist
     trainable = (candidate.feature_dim + 1) * plan.task.num_classes
-    ratio = noise_multiplier * math.sqrt(trainable) / plan.expected_batch
+    shares = plan.federation.min_sites if plan.privacy.noise == "local" else 1
+    ratio = noise_multiplier * math.sqrt(trainable * shares) / plan.expected_batch
     checks = [
         (plan.task.kind in candidate.tasks, f"does not do {plan.task.kind}"),
         (plan.task.modality == candidate.modality, f"reads {candidate.modality}, not {plan.task.modality}"),

@@ -8,9 +8,9 @@ import pytest
 
 from tests.client import crash_points
 from tests.client.crash_points import EVENT, PROCESSES, RELEASES, REPLY, a_release
-from urna.client.ledger import CampaignRow, Ledger, epsilon_of_rows
+from urna.client.ledger import CampaignRow, Ledger
 from urna.client.site import create_keys
-from urna.privacy.accounting import gaussian, gaussian_delta
+from urna.privacy.accounting import epsilon_of_rows, gaussian, gaussian_delta
 from urna.protocol.errors import LedgerError, ProtocolError
 from urna.protocol.messages import SpentRow
 

@@ -37,7 +37,7 @@ def test_a_plan_within_the_policy_is_granted_what_it_asks() -> None:
 
 def test_every_reason_is_given_at_once() -> None:
     plan = a_plan(
-        privacy={"epsilon": 5.0, "delta": 1e-3}, federation={"min_sites": 2}, candidates=[{"name": "vit"}, {"name": "cnn"}]
+        privacy={"epsilon": 5.0, "delta": 1e-3, "max_colluding_sites": 0}, federation={"min_sites": 2}, candidates=[{"name": "vit"}, {"name": "cnn"}]
     )
     policy = a_policy(candidates=["cnn"])
     already = (spent(gaussian(1.0)),)

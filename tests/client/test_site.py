@@ -129,7 +129,7 @@ def test_the_same_campaign_cannot_be_opened_with_other_content(clinic: Clinic) -
 
 
 def test_every_reason_of_policy_and_installation_is_given_at_once(clinic: Clinic) -> None:
-    clinic.plan = a_plan(privacy={"epsilon": 5.0}, federation={"min_sites": 2}, task={"num_classes": 7})
+    clinic.plan = a_plan(privacy={"epsilon": 5.0, "max_colluding_sites": 0}, federation={"min_sites": 2}, task={"num_classes": 7})
     found = refused(clinic.ask(clinic.hello_request(models={})))
     for reason in ("budget: the plan asks epsilon 5", "cohort:", "task: this site's records have 3 classes", "model pixels"):
         assert reason in found
@@ -302,7 +302,7 @@ def test_a_wrong_head_is_refused_before_it_costs_anything(clinic: Clinic, head: 
     request = clinic.train(vector=HEADS[head]) if work == "train" else clinic.evaluate(vector=HEADS[head])
     assert code(clinic.ask(request)) == FailureCode.BAD_REQUEST
     assert num_releases(clinic) == 0
-    assert "expected a finite float32 head (195,) in array 'vector" in clinic.log()
+    assert "head (195,) in array 'vector" in clinic.log()
 
 
 def test_a_missing_head_is_refused(clinic: Clinic) -> None:

@@ -33,6 +33,7 @@ def test_the_tree_lists_every_module_with_one_clause() -> None:
 
 
 def test_the_measured_table_is_the_newest_committed_lines() -> None:
+    assert "| campaign |" in table.table()
     assert table.rewritten(README) == README
 
 

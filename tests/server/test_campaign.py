@@ -271,7 +271,7 @@ def test_two_processes_never_run_one_journal(tmp_path: Path) -> None:
     held.close()
 
 
-def test_no_plain_number_of_records_and_no_unmasked_vector_crosses_the_wire(tmp_path: Path) -> None:
+def test_neither_the_size_of_a_partition_nor_an_unmasked_vector_crosses_the_wire(tmp_path: Path) -> None:
     federation = Federation(tmp_path / "run", small())
     federation.run()
     for envelope in federation.wire:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from urna.privacy.accounting import epsilon_of, gaussian, gaussian_delta, gaussian_mu_squared, mu_for, subsampled_gaussian
+from urna.privacy.accounting import epsilon_of, gaussian, gaussian_delta, mu_for, subsampled_gaussian
 from urna.protocol.plan import Plan
 from urna.strategies.budget import (
     ballot_noise_multiplier,
@@ -94,10 +94,10 @@ def test_curve_and_runoff_take_their_parts() -> None:
         evaluation={"num_curve_points": 4, "max_attempts": 2, "curve_budget_fraction": 0.2, "runoff_budget_fraction": 0.3}
     )
     budget, whole = evaluation_budget(plan), mu_for(3.0, 1e-5) ** 2
-    assert gaussian_mu_squared([gaussian(budget.curve)] * 4) == pytest.approx(0.2 * whole, rel=3e-3)
-    assert gaussian_mu_squared([gaussian(budget.curve)] * 4) < 0.2 * whole
-    assert gaussian_mu_squared([gaussian(budget.runoff)] * 2) == pytest.approx(0.3 * whole, rel=3e-3)
-    assert gaussian_mu_squared([gaussian(budget.runoff)] * 2) < 0.3 * whole
+    assert 4 / budget.curve**2 == pytest.approx(0.2 * whole, rel=3e-3)
+    assert 4 / budget.curve**2 < 0.2 * whole
+    assert 2 / budget.runoff**2 == pytest.approx(0.3 * whole, rel=3e-3)
+    assert 2 / budget.runoff**2 < 0.3 * whole
 
 
 def test_what_is_not_used_costs_nothing() -> None:
