@@ -37,7 +37,9 @@ def test_a_plan_within_the_policy_is_granted_what_it_asks() -> None:
 
 def test_every_reason_is_given_at_once() -> None:
     plan = a_plan(
-        privacy={"epsilon": 5.0, "delta": 1e-3, "max_colluding_sites": 0}, federation={"min_sites": 2}, candidates=[{"name": "vit"}, {"name": "cnn"}]
+        privacy={"epsilon": 5.0, "delta": 1e-3, "max_colluding_sites": 0},
+        federation={"min_sites": 2},
+        candidates=[{"name": "vit"}, {"name": "cnn"}],
     )
     policy = a_policy(candidates=["cnn"])
     already = (spent(gaussian(1.0)),)
@@ -49,6 +51,7 @@ def test_every_reason_is_given_at_once() -> None:
             "budget: the plan asks epsilon 5, this site allows 4 a campaign",
             "delta: the plan asks 0.001, this site allows at most 0.0001",
             "cohort: the plan opens sums of 2 sites, this site asks for 3",
+            "noise: the plan bears 0 colluders, this site asks 1",
             "candidates: not allowed at this site: vit",
         )
     )

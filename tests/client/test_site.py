@@ -129,7 +129,9 @@ def test_the_same_campaign_cannot_be_opened_with_other_content(clinic: Clinic) -
 
 
 def test_every_reason_of_policy_and_installation_is_given_at_once(clinic: Clinic) -> None:
-    clinic.plan = a_plan(privacy={"epsilon": 5.0, "max_colluding_sites": 0}, federation={"min_sites": 2}, task={"num_classes": 7})
+    clinic.plan = a_plan(
+        privacy={"epsilon": 5.0, "max_colluding_sites": 0}, federation={"min_sites": 2}, task={"num_classes": 7}
+    )
     found = refused(clinic.ask(clinic.hello_request(models={})))
     for reason in ("budget: the plan asks epsilon 5", "cohort:", "task: this site's records have 3 classes", "model pixels"):
         assert reason in found
@@ -293,6 +295,7 @@ HEADS = {
     "of another type": np.zeros(a_head("pixels").size, np.uint32),
     "NaN": np.full_like(a_head("pixels"), np.nan),
     "infinite": np.full_like(a_head("pixels"), -np.inf),
+    "so large that one record's gradient overflows": np.full_like(a_head("pixels"), 1e38),
 }
 
 
@@ -302,7 +305,7 @@ def test_a_wrong_head_is_refused_before_it_costs_anything(clinic: Clinic, head: 
     request = clinic.train(vector=HEADS[head]) if work == "train" else clinic.evaluate(vector=HEADS[head])
     assert code(clinic.ask(request)) == FailureCode.BAD_REQUEST
     assert num_releases(clinic) == 0
-    assert "head (195,) in array 'vector" in clinic.log()
+    assert "expected a float32 head (195,) in array 'vector" in clinic.log() or "expected a head of numbers" in clinic.log()
 
 
 def test_a_missing_head_is_refused(clinic: Clinic) -> None:
@@ -476,7 +479,13 @@ def test_a_release_over_the_budget_is_refused_before_anything_is_computed(
 
 
 def test_a_stage_that_would_not_end_is_refused_at_its_first_request(clinic: Clinic) -> None:
-    assert "budget" in refused(clinic.ask(clinic.ballot(planned_count=1000)))
+    assert "budget" in refused(clinic.ask(clinic.ballot(noise_multiplier=0.8, planned_count=2)))
+    assert num_releases(clinic) == 0
+
+
+def test_a_stage_of_more_releases_than_the_plan_can_need_is_refused(clinic: Clinic) -> None:
+    assert code(clinic.ask(clinic.ballot(planned_count=100_000))) == FailureCode.BAD_REQUEST
+    assert "planned releases, found 100000" in clinic.log()
     assert num_releases(clinic) == 0
 
 
@@ -587,7 +596,7 @@ STEPS: list[tuple[str, str]] = [
     ("normalise_for_head", "train"),
     ("training.shared_step", "train"),
     ("evaluation.count_rows", "evaluate"),
-    ("epsilon_of", "close"),
+    ("epsilon_of_rows", "close"),
 ]
 
 

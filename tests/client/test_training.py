@@ -13,7 +13,7 @@ from urna.client.training import TuningSet, local_steps, sample_gradients, share
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats, Integers, clip_rows
 from urna.privacy.release import noise_share
-from urna.protocol.errors import ModelError, ProtocolError
+from urna.protocol.errors import ModelError
 from urna.protocol.plan import Plan
 
 Step = Callable[[TuningSet, npt.NDArray[np.float32], Plan, float, Grid, int], Integers]
@@ -258,13 +258,18 @@ def test_a_head_that_is_not_finite_releases_nothing(bad: float) -> None:
         shared_step(some_records(5), vector, a_plan_of(), 2.0, GRID, 1)
 
 
-def test_a_gradient_that_is_not_finite_releases_nothing() -> None:
+def test_a_record_whose_gradient_is_not_finite_counts_as_zero_and_causes_no_failure() -> None:
+    """An error would tell, without noise, that such a record was sampled; the others' gradients are as without it."""
+    plan = a_plan(final={"sample_rate": 1.0})
     data = some_records(5)
     data.features[2, 2] = np.nan
-    with pytest.raises(ProtocolError, match="expected finite numbers before the clip"):
-        shared_step(data, a_vector(), a_plan_of(), 2.0, GRID, 1)
-    with pytest.raises(ProtocolError, match="expected finite numbers before the clip"):
-        local_steps(data, a_vector(), a_plan_of(), 2.0, 5.0)
+    rows = sample_gradients(data, a_vector(), plan)
+    assert not rows[2].any()
+    others = np.arange(5) != 2
+    without = sample_gradients(TuningSet(data.features[others], data.labels[others]), a_vector(), plan)
+    np.testing.assert_allclose(rows[others], without, atol=1e-6)
+    shared_step(data, a_vector(), plan, 2.0, GRID, 1)
+    local_steps(data, a_vector(), a_plan_of(), 2.0, 5.0)
 
 
 def test_records_and_head_are_left_as_they_were() -> None:

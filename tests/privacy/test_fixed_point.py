@@ -124,25 +124,31 @@ def test_ring_capacity_boundaries(num_summands: int, sign: int) -> None:
 
 def test_one_unit_more_than_the_bound_would_wrap() -> None:
     grid = Grid(0, 1)
-    one_more = np.array([grid.bound + 1]).astype(np.uint32)
+    one_more = np.array([grid.bound + 1])
     assert grid.bound == 2**31 - 1
-    assert grid.from_ring(one_more).tolist() == [-(2.0**31)]  # so `to_ring` clamps:
-    assert grid.from_ring(grid.to_ring(np.array([grid.bound + 1]))).tolist() == [2.0**31 - 1]
+    assert grid.from_ring(grid.to_ring(one_more)).tolist() == [-(2.0**31)]  # so sums of data are clamped:
+    assert grid.from_ring(grid.to_ring(grid.clamp(one_more))).tolist() == [2.0**31 - 1]
 
 
 @pytest.mark.parametrize("value", [2**31, 2**32, 2**40, 2**63 - 1, -(2**31), -(2**63)])
 @pytest.mark.parametrize("num_summands", [1, 2, 3, 5, 100])
-def test_a_summand_too_large_is_clamped_and_never_wraps(value: int, num_summands: int) -> None:
+def test_a_sum_of_data_too_large_is_clamped_and_never_wraps(value: int, num_summands: int) -> None:
     grid = Grid(0, num_summands)
     expected = math.copysign(grid.bound, value)
-    assert grid.from_ring(grid.to_ring(np.array([value]))).tolist() == [expected]
+    assert grid.from_ring(grid.to_ring(grid.clamp(np.array([value])))).tolist() == [expected]
 
 
 @given(st.lists(st.integers(-(2**40), 2**40), min_size=2, max_size=2), st.integers(1, 9))
 def test_clamping_does_not_raise_the_sensitivity(pair: list[int], num_summands: int) -> None:
-    grid = Grid(0, num_summands)
-    one, other = (int(grid.to_ring(np.array([value])).view(np.int32)[0]) for value in pair)
+    one, other = Grid(0, num_summands).clamp(np.array(pair)).tolist()
     assert abs(one - other) <= abs(pair[0] - pair[1])
+
+
+@given(st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=5))
+def test_the_ring_is_arithmetic_modulo_2_to_the_32_whatever_the_size(values: list[int]) -> None:
+    grid = Grid(0, 5)
+    total = sum((grid.to_ring(np.array([value])) for value in values), np.zeros(1, np.uint32))
+    assert int(total[0]) == sum(values) % 2**32
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,19 +1,23 @@
 """Whole campaigns in memory: the story, its budget, its faults, its resumption."""
 
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.simulator import Fault, Federation
+from urna.embedded import prepare
 from urna.models.pretrain import pretrain_all
 from urna.privacy.accounting import epsilon_of
 from urna.protocol.errors import FailureCode, RefusedError, RoundError
-from urna.protocol.messages import Envelope, Failure, Masked, seal
+from urna.protocol.messages import Envelope, Failure, Masked, _signed_bytes, seal
 from urna.protocol.plan import Plan, load_plan
 from urna.server.campaign import curve_points
 from urna.server.journal import Entry, Journal
+from urna.server.prose import max_training_rounds, plan_in_words
 
 PLAN = Path(__file__).parents[2] / "plans" / "digits.toml"
 NAMES = ("pixels", "pca", "cnn")
@@ -291,3 +295,88 @@ def test_curve_points_lie_inside_and_are_no_more_than_asked(done: int, last: int
     points = curve_points(done, last, count)
     assert len(points) <= count
     assert all(done < point < last for point in points)
+
+
+def restated(federation: Federation, change: Callable[[dict[str, object]], None]) -> Fault:
+    """Site 2's signed statement, changed and signed again by the same site."""
+
+    def fault(route: str, reply: Envelope) -> Envelope:
+        if route != "query.close":
+            return reply
+        statement = json.loads(reply.body)
+        change(statement)
+        body = json.dumps(statement).encode()
+        return Envelope(reply.sender, body, federation.sites[1].identity.sign("message", _signed_bytes(body, {})))
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epsilon": float("nan")}, {"epsilon": float("inf")}, {"epsilon": -1.0}, {"epsilon": 0.001}, {"delta": 0.5}, {"rows": []}],
+)
+def test_a_statement_that_is_not_what_its_rows_cost_is_not_believed(tmp_path: Path, change: dict[str, object]) -> None:
+    federation = Federation(tmp_path / "run", small(num_rounds=1, if_undecided="prior"))
+    federation.faults["site-2"] = restated(federation, lambda statement: statement.update(change))
+    federation.run()
+    assert value(tmp_path / "run", "finished")
+    assert set(statements(tmp_path / "run")) == {"site-1", "site-3", "site-4", "site-5"}
+
+
+@pytest.mark.parametrize("declared", [2000, 10**12])
+def test_a_site_that_declares_more_records_than_the_plan_has_is_no_member(tmp_path: Path, declared: int) -> None:
+    Federation(tmp_path / "run", small())
+    path = tmp_path / "run" / "sites" / "site-3" / "site.toml"
+    path.write_text(re.sub(r"num_records = \d+", f"num_records = {declared}", path.read_text()))
+    Federation(tmp_path / "run", small(num_rounds=1, if_undecided="prior")).run()
+    hello = value(tmp_path / "run", "hello")
+    assert hello["others"] == {"site-3": f"declares {declared} records, more than the plan's 1797"}
+    assert len(hello["members"]) == 4  # type: ignore[arg-type]
+
+
+def test_a_site_that_comes_after_the_first_hello_takes_no_part_when_resumed(tmp_path: Path) -> None:
+    federation = Federation(tmp_path / "run", small(num_rounds=1, if_undecided="prior"))
+    federation.faults |= {
+        "site-5": refusing,
+        "site-1": lambda route, reply: None if route == "train" else reply,
+        "site-2": lambda route, reply: None if route == "evaluate" else reply,
+    }
+    with pytest.raises(RoundError):
+        federation.run()
+    federation.faults.clear()
+    federation.run()
+    assert set(statements(tmp_path / "run")) == {"site-1", "site-2", "site-3", "site-4"}
+
+
+def test_sites_of_an_interrupted_preparation_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small()
+    run_dir = tmp_path / "run"
+    written: list[Path] = []
+
+    def stop_at_the_third(path: Path, *_: object) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("urna.embedded._write_records", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(run_dir, plan)
+    monkeypatch.undo()
+    prepare(run_dir, plan)
+    assert len(Federation(run_dir, plan).sites) == 5
+
+
+@pytest.mark.parametrize("if_undecided", ["runoff", "prior"])
+def test_nothing_leaves_that_the_plan_in_words_did_not_announce(tmp_path: Path, if_undecided: str) -> None:
+    plan = small(if_undecided=if_undecided)
+    Federation(tmp_path / "run", plan).run()
+    words = plan_in_words(plan)
+    rounds = [entry.value for entry in entries(tmp_path / "run") if entry.kind == "round"]
+    trained = sum(one["partition"] == "tuning" for one in rounds) - 1
+    assert trained <= max_training_rounds(plan)
+    assert f"{max_training_rounds(plan)} times" in words
+    assert sum(one["stage"] == "ballot" for one in rounds) <= plan.ballot.max_attempts
+    compared = [one for one in rounds if one.get("purpose") == "runoff"]
+    assert not compared or "after a runoff the finalists' right answers" in words
+    assert sum(str(one.get("purpose")).startswith("curve") for one in rounds) <= 1
+    assert "up to 1 times the accuracy so far" in words

@@ -48,6 +48,7 @@ def refused(result: "subprocess.CompletedProcess[str]", *parts: str) -> None:
         ("epsilon = 3.0", "epsilon = 0", ("privacy.epsilon", "greater than 0", "found 0")),
         ("epsilon = 3.0", "epsilon = nan", ("privacy.epsilon", "finite", "found nan")),
         ("epsilon = 3.0", "epsilon = inf", ("privacy.epsilon", "finite", "found inf")),
+        ("epsilon = 3.0", "epsilon = 0.0001", ("privacy.epsilon", "cannot pay", "raise epsilon")),
         ("epsilon = 3.0", "epsilon = -1.0", ("privacy.epsilon", "found -1.0")),
         ("delta = 1e-5", "delta = 0.01", ("privacy.delta", "below 1/n", "found 0.01", "lower delta")),
         ("num_sites = 5", "num_sites = 2", ("federation.virtual.num_sites", "at least federation.min_sites = 4", "found 2")),
@@ -106,24 +107,19 @@ def test_a_corrupt_or_pickled_model_is_one_line_and_never_opened(
 def test_a_plan_in_words_says_what_leaves_how_often_and_at_which_cost(tmp_path: Path) -> None:
     result = urna("plan", "check", PLAN, cwd=tmp_path)
     assert result.returncode == 0
-    for part in ("No record leaves", "epsilon 3 at delta 1e-05", "numbers leave once", "numbers leave 80 times", "Limits."):
+    for part in (
+        "No record leaves",
+        "epsilon 3 at delta 1e-05",
+        "numbers leave once",
+        "numbers leave 80 times, with a runoff up to 96 times",
+        "Limits.",
+    ):
         assert part in result.stdout
 
 
 @pytest.mark.parametrize(
     "command",
-    [
-        [],
-        ["plan"],
-        ["plan", "check"],
-        ["run"],
-        ["resume"],
-        ["status"],
-        ["report"],
-        ["predict"],
-        ["monitor"],
-        ["models", "pretrain"],
-    ],
+    ["", "plan", "plan check", "run", "resume", "status", "report", "predict", "monitor", "models list", "models pretrain"],
 )
 def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     result = urna(*command.split(), "--help", cwd=tmp_path)

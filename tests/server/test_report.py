@@ -329,7 +329,7 @@ def test_local_noise_is_explained_as_what_it_is(tmp_path: Path) -> None:
     assert report.noise.kind == "local"
     assert report.left[1].what == "clipped changes of rff"
     text = Page(render(report)).text
-    assert "The cost holds if 1 site, the one concerned, adds its noise as agreed." in text
+    assert "The cost holds if the site itself adds its noise as agreed." in text
     assert "The noise is shared" not in text
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from urna.privacy.accounting import epsilon_of, gaussian, gaussian_delta, mu_for, subsampled_gaussian
+from urna.protocol.errors import PlanError
 from urna.protocol.plan import Plan
 from urna.strategies.budget import (
     ballot_noise_multiplier,
@@ -65,7 +66,7 @@ def test_every_local_step_of_every_round_is_paid_for() -> None:
 
 
 def test_a_spent_budget_leaves_nothing_for_training() -> None:
-    with pytest.raises(ValueError, match="epsilon 3 is already spent"):
+    with pytest.raises(PlanError, match=r"privacy.epsilon: 3 cannot pay .* of 3 is taken by earlier releases: raise epsilon"):
         training_noise_multiplier(a_plan(), 10, [gaussian(0.5)])
 
 
@@ -115,5 +116,5 @@ def test_a_first_attempt_keeps_a_fifth_back_and_the_last_takes_all() -> None:
 
 
 def test_final_counts_of_a_spent_budget_are_an_error() -> None:
-    with pytest.raises(ValueError, match="epsilon 3 is already spent"):
+    with pytest.raises(PlanError, match=r"nothing is left for the final counts: .* of 3 is taken"):
         final_counts_noise_multiplier(a_plan(), [gaussian(0.5)], last_attempt=True)
