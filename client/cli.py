@@ -3,6 +3,7 @@
 Exit codes: 0 ok, 2 bad input, 4 the ledger cannot be used.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -59,13 +60,23 @@ def ledger(folder: Folder) -> None:
     opened.close()
     released = Table("stage", "partition", "event", "count", box=None, pad_edge=False)
     for row in rows:
-        released.add_row(row.stage, row.partition, Text(row.event, overflow="fold"), str(row.count))
+        released.add_row(row.stage, row.partition, _in_words(row.event), str(row.count))
     console.print(released)
     for stage in dict.fromkeys(row.stage for row in rows):
         epsilon = epsilon_of_rows(tuple(row for row in rows if row.stage == stage), policy.delta)
         console.print(f"{stage:<10}  epsilon {epsilon:.4f}")
     total = epsilon_of_rows(rows, policy.delta)
     console.print(f"total       epsilon {total:.4f} of {policy.epsilon_total:g}, delta {policy.delta:g}")
+
+
+def _in_words(event: str) -> str:
+    """An event as a person says it."""
+    match json.loads(event):
+        case {"GaussianDpEvent": {"noise_multiplier": multiplier}}:
+            return f"Gaussian, noise multiplier {multiplier:.4g}"
+        case {"PoissonSampledDpEvent": {"sampling_probability": rate, "event": inner}}:
+            return f"{_in_words(json.dumps(inner))}, of a Poisson sample of {rate:.4g}"
+    return event
 
 
 def _check_keys(folder: Path) -> str:
@@ -81,12 +92,16 @@ def _check_keys(folder: Path) -> str:
 
 
 def _check_ledger(folder: Path) -> str:
-    from urna.client.site import LEDGER_FILE
+    from urna.client.site import LEDGER_FILE, load_site_config
 
     opened = Ledger.open(folder / LEDGER_FILE)
-    count = sum(row.count for row in opened.rows())
+    rows = opened.rows()
     opened.close()
-    return f"chain unbroken, {count} releases"
+    policy = load_site_config(folder).policy
+    spent = epsilon_of_rows(rows, policy.delta)
+    if spent > policy.epsilon_total:
+        raise SiteConfigError(f"policy.epsilon_total: {spent:.4f} of {policy.epsilon_total:g} are spent: nothing is left")
+    return f"chain unbroken, {sum(row.count for row in rows)} releases, epsilon {spent:.4f} of {policy.epsilon_total:g} spent"
 
 
 def _check_records(folder: Path) -> str:
@@ -94,7 +109,12 @@ def _check_records(folder: Path) -> str:
     from urna.client.site import load_site_config
 
     config = load_site_config(folder).data
-    return f"{len(load_records(folder, config).ids)} read, {config.num_records} declared"
+    found = len(load_records(folder, config).ids)
+    if not 0.9 <= config.num_records / max(found, 1) <= 1.1:
+        raise SiteConfigError(
+            f"data.num_records: expected {found} or a rounding of it, found {config.num_records}: declare anew"
+        )
+    return f"{found} read, {config.num_records} declared"
 
 
 def _line(mark: str, text: str) -> None:

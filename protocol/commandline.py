@@ -1,5 +1,6 @@
 """The edge of both command lines: an error of the tree ends in one line and its exit code, never in a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,9 @@ INTERRUPTED = 130
 
 def run(app: Callable[[], object]) -> None:
     """Call ``app`` and leave the process as its errors say; a file or folder that refuses is bad input."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without the signs we print shows others, and no traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except UrnaError as error:

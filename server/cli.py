@@ -4,6 +4,7 @@ Exit codes: 0 ok, 2 bad input, 3 refused by a site's policy, 4 failed round (`ur
 """
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 import urna
 from urna.protocol import commandline
-from urna.protocol.errors import BadInputError, PlanError, RoundError, RunError
+from urna.protocol.errors import BadInputError, PlanError, RefusedError, RoundError, RunError
 from urna.protocol.plan import Plan, load_plan
 from urna.server.journal import JOURNAL_FILE, Journal, begin, is_running, recorded_plan
 
@@ -60,18 +60,26 @@ def run(
     roster: Annotated[Path | None, typer.Option(help="The roster of pinned keys (with --federation).")] = None,
 ) -> None:
     """Run a plan: shortlist, ballot, fine-tune, evaluate, report."""
+    from urna.server.prose import plan_in_words
     from urna.strategies.budget import check_affordable
 
     plan = load_plan(path)
-    run_dir = runs_dir / (name or f"{plan.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", run_dir.name):
-        raise RunError(f"a run's name has up to 63 of a-z, 0-9, - and _, found {run_dir.name!r}: choose another --name")
+    name = f"{plan.name[:47]}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
+        raise RunError(f"a run's name has up to 63 of a-z, 0-9, - and _, found {name!r}: choose another --name")
+    run_dir = runs_dir / name
     if run_dir.exists():
         raise RunError(f"{run_dir} exists: choose another --name, or `urna resume {run_dir}`")
     if federation is None and plan.federation.virtual is None:
         raise PlanError("federation.virtual: expected for the embedded engine, found none: add it, or use --federation NAME")
+    plan_in_words(plan)  # what it cannot say cannot be run
     check_affordable(plan)
     _prepare_models(plan)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir()
+    except FileExistsError:
+        raise RunError(f"{run_dir} was begun by another process meanwhile: choose another --name") from None
     if federation is None:
         begin(run_dir, plan, "embedded")
     else:
@@ -104,20 +112,35 @@ def status(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Where runs stand."""
-    table = Table("run", "state", "stage", "rounds", "sites", "epsilon", "accuracy", box=None, pad_edge=False)
+    if run_dir is None and not runs_dir.is_dir():
+        raise RunError(f"expected a folder of runs at {runs_dir}, found none: see --runs-dir")
+    rows: list[tuple[str, ...]] = [("run", "state", "stage", "rounds", "sites", "epsilon", "accuracy")]
     for one in [run_dir] if run_dir else sorted(path.parent for path in runs_dir.glob(f"*/{JOURNAL_FILE}")):
-        progress = _progress_of(one)
-        state = "finished" if progress.finished else "running" if is_running(one) else "stopped"
-        table.add_row(
-            one.name,
-            state,
-            progress.stage,
-            f"{progress.rounds_done}/{max(progress.rounds_planned, progress.rounds_done)}",
-            str(progress.members),
-            f"{max(progress.epsilon.values()):.3f}/{progress.plan.privacy.epsilon:g}",
-            progress.accuracy or "-",
+        try:
+            rows.append((one.name, *_standing(one)))
+        except RunError as error:
+            if run_dir is not None:
+                raise
+            rows.append((one.name, "unreadable", str(error), "", "", "", ""))
+    widths = [max(len(row[at]) for row in rows) for at in range(2)]
+    for name, state, *rest in rows:  # never cut: a name is there to be copied
+        console.print(
+            Text(f"{name:<{widths[0]}}  {state:<{widths[1]}}  {'  '.join(f'{cell:<11}' for cell in rest)}"), soft_wrap=True
         )
-    console.print(table)
+
+
+def _standing(run_dir: Path) -> tuple[str, ...]:
+    progress = _progress_of(run_dir)
+    state = "finished" if progress.finished else "running" if is_running(run_dir) else "stopped"
+    planned = progress.rounds_done if progress.finished else max(progress.rounds_planned, progress.rounds_done)
+    return (
+        state,
+        progress.stage,
+        f"{progress.rounds_done}/{planned}",
+        str(progress.members),
+        f"{max(progress.epsilon.values()):.3f}/{progress.plan.privacy.epsilon:g}",
+        progress.accuracy or "-",
+    )
 
 
 @app.command()
@@ -253,9 +276,10 @@ def _check_engine(run_dir: Path, code: int) -> None:
         return
     error_file = run_dir / "error.txt"
     text = error_file.read_text("utf-8") if error_file.is_file() else f"the engine ended with code {code}"
-    error = RoundError(f"{text}; `urna resume {run_dir}` goes on from the journal")
-    error.exit_code = code if code in (2, 3) else 4
-    raise error
+    if code in (2, 3):
+        error = BadInputError(text) if code == 2 else RefusedError(text)
+        raise error
+    raise RoundError(f"{text}; `urna resume {run_dir}` goes on from the journal")
 
 
 def _write_views(run_dir: Path) -> None:
@@ -269,7 +293,7 @@ def _write_views(run_dir: Path) -> None:
     console.print(Text(f"report  {page.with_suffix('.html')}"))
     if trained:
         console.print(Text(f"model   {write_model(run_dir)}"))
-        console.print(Text(f"use it  urna predict {run_dir} --input FILE"))
+        console.print(Text(f"use it  urna predict {shlex.quote(str(run_dir))} --input FILE"))
 
 
 def _progress_of(run_dir: Path) -> "Progress":

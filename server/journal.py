@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from urna.protocol.errors import RunError
 from urna.protocol.messages import AnyArray
@@ -74,7 +75,7 @@ class Journal:
         with _mapped(run_dir):
             connection = sqlite3.connect(run_dir / JOURNAL_FILE, isolation_level=None, timeout=30)
             connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA journal_mode=WAL")  # readers never block the run
+            connection.execute("PRAGMA journal_mode=DELETE")  # one file that can be copied, readable in a read-only folder
             connection.executescript(SCHEMA)
         return Journal(run_dir, connection, lock)
 
@@ -160,7 +161,13 @@ def recorded_plan(journal: Journal) -> Plan:
     entry = journal.find("run")
     if entry is None:
         raise RunError(f"the journal of {journal.run_dir} holds no plan: start a new run")
-    return Plan.model_validate(entry.value["plan"])
+    try:
+        plan = Plan.model_validate(entry.value["plan"])
+    except (KeyError, ValidationError):
+        plan = None
+    if plan is None or plan.sha256 != entry.value.get("plan_sha256"):
+        raise RunError(f"the plan in {journal.run_dir} is not the one that was begun: it was altered, or is of another version")
+    return plan
 
 
 def is_running(run_dir: Path) -> bool:
@@ -196,7 +203,7 @@ def _entry(row: tuple[int, str, float, str, bytes | None]) -> Entry:
 def _mapped(run_dir: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
         if isinstance(error, sqlite3.IntegrityError):
             raise
         raise RunError(f"the journal of {run_dir} cannot be used: {error}") from None

@@ -146,6 +146,8 @@ def watch(run_dir: Path, plan: Plan, process: "subprocess.Popen[bytes]", console
             console.print(Text(f"{time.time() - started:6.1f} s  {line}"), soft_wrap=True)
         said = len(progress.lines)
 
+    if not console.is_terminal:
+        console.print("  starting the engine ...")
     live = Live(progress.render(), console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
     with live or nullcontext():
         while process.poll() is None:

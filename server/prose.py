@@ -2,6 +2,7 @@
 
 from urna.models.catalogue import CandidateSpec, spec
 from urna.privacy.accounting import epsilon_of, gaussian, subsampled_gaussian
+from urna.protocol.errors import PlanError
 from urna.protocol.plan import Plan
 from urna.strategies.budget import ballot_noise_multiplier, evaluation_budget, training_noise_multiplier
 from urna.strategies.shortlist import shortlist
@@ -12,17 +13,22 @@ def plan_in_words(plan: Plan) -> str:
 
     Raises:
         ModelError: a candidate is unknown.
+        PlanError: epsilon cannot pay for it, or no candidate is left.
     """
     specs = [spec(entry.name) for entry in plan.candidates]
     vote = ballot_noise_multiplier(plan)
     ahead = [gaussian(vote)] if len(specs) > 1 else []
     step = training_noise_multiplier(plan, plan.final.num_rounds, ahead)
-    num_kept = sum(not one.reasons for one in shortlist(plan, specs, step))
+    judged = shortlist(plan, specs, step)
+    kept = [candidate for candidate, one in zip(specs, judged, strict=True) if not one.reasons]
+    if not kept:
+        why = "; ".join(f"{one.name} {', '.join(one.reasons)}" for one in judged)
+        raise PlanError(f"shortlist: it leaves no candidate ({why}): loosen [shortlist] or add candidates")
     parts = [
         _who(plan),
         _choice(plan, specs, step),
-        _ballot(plan, num_kept, vote),
-        _training(plan, specs, step),
+        _ballot(plan, len(kept), vote),
+        _training(plan, kept, step),
         _evaluation(plan),
         _limits(plan),
     ]

@@ -41,7 +41,7 @@ from urna.strategies.scores import scores
 PER_CLASS = ("precision", "precision_stderr", "recall", "recall_stderr", "f1", "f1_stderr")
 UNIT = "one record of one site; add or remove"
 EXPERIMENTS = ("embedded", "memory")  # engines whose sites are folders of one person
-MEASURED_CLASSES, MEASURED_CANDIDATES = 12, 9  # the largest tasks on which the ballot was measured
+MEASURED_CLASSES, MEASURED_CANDIDATES = 12, 11  # the largest tasks on which the ballot was measured
 
 
 def read_report(run_dir: Path) -> Report:
