@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_a_site_in_order_is_all_green(clinic: Clinic) -> None:
     assert lines == [
         "ok  site.toml  site-1",
         "ok  keys       in a roster of 3 sites",
-        "ok  ledger     chain unbroken, 0 releases",
+        "ok  ledger     chain unbroken, 0 releases, epsilon 0.0000 of 8 spent",
         f"ok  records    {NUM_RECORDS} read, {NUM_RECORDS} declared",
     ]
 
@@ -65,11 +66,12 @@ def test_the_ledger_is_shown_by_stage_and_in_total(clinic: Clinic) -> None:
     clinic.ask(clinic.evaluate())
     words = [line.split() for line in run("ledger", str(clinic.folder)).splitlines()]
     event, delta = gaussian(10.0), 1e-4
+    said = ["Gaussian,", "noise", "multiplier", "10"]
     two, one = epsilon_of([event] * 2, delta), epsilon_of([event], delta)
     assert words == [
         ["stage", "partition", "event", "count"],
-        ["ballot", "tuning", event, "2"],
-        ["evaluation", "heldout", event, "1"],
+        ["ballot", "tuning", *said, "2"],
+        ["evaluation", "heldout", *said, "1"],
         ["ballot", "epsilon", f"{two:.4f}"],
         ["evaluation", "epsilon", f"{one:.4f}"],
         ["total", "epsilon", f"{two:.4f}", "of", "8,", "delta", "0.0001"],
@@ -110,3 +112,20 @@ def test_help_names_the_commands_and_exit_codes() -> None:
     text = " ".join(run("--help").split())
     for word in ("check", "ledger", "Exit codes: 0 ok, 2 bad input, 4 the ledger cannot be used."):
         assert word in text
+
+
+def test_an_overspent_site_is_red(clinic: Clinic, capsys: pytest.CaptureFixture[str]) -> None:
+    clinic.ask(clinic.ballot("ballot/1"))
+    path = clinic.folder / "site.toml"
+    path.write_text(re.sub(r"epsilon_total = [0-9.]+", "epsilon_total = 0.01", path.read_text()))
+    with pytest.raises(BadInputError, match="cannot take part: ledger"):
+        cli.app(["check", str(clinic.folder)], standalone_mode=False)
+    assert "of 0.01 are spent: nothing is left" in capsys.readouterr().out
+
+
+def test_records_that_are_far_from_the_declared_number_are_red(clinic: Clinic, capsys: pytest.CaptureFixture[str]) -> None:
+    path = clinic.folder / "site.toml"
+    path.write_text(re.sub(r"num_records = [0-9]+", "num_records = 5", path.read_text()))
+    with pytest.raises(BadInputError, match="cannot take part: records"):
+        cli.app(["check", str(clinic.folder)], standalone_mode=False)
+    assert "found 5: declare anew" in capsys.readouterr().out
