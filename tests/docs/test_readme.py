@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
-from urna.models.pretrain import pretrain_all
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -47,7 +46,6 @@ def commands() -> list[str]:
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     """In order, in one folder; the plan of the same name has fewer rounds and candidates here."""
     names = ("pixels", "pca", "cnn")
-    pretrain_all(names)
     text = (ROOT / "plans" / "digits.toml").read_text()
     text = text[: text.index("# The operator's prior")].replace("num_rounds = 80", "num_rounds = 9")
     (tmp_path / "plans").mkdir()

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from urna.client.ledger import Ledger
-from urna.models.pretrain import pretrain_all
 from urna.protocol.plan import load_plan
 from urna.server.journal import Journal, is_running
 
@@ -24,7 +23,6 @@ DEADLINE_SECONDS = 150
 @pytest.fixture
 def plan_path(tmp_path: Path) -> Path:
     """The digits plan with few rounds and candidates."""
-    pretrain_all(NAMES)
     text = (ROOT / "plans" / "digits.toml").read_text()
     text = text[: text.index("# The operator's prior")].replace("num_rounds = 80", "num_rounds = 12")
     path = tmp_path / "plan.toml"

@@ -10,7 +10,6 @@ import pytest
 
 from tests.simulator import Fault, Federation
 from urna.embedded import prepare
-from urna.models.pretrain import pretrain_all
 from urna.privacy.accounting import epsilon_of
 from urna.protocol.errors import FailureCode, RefusedError, RoundError
 from urna.protocol.messages import Envelope, Failure, Masked, _signed_bytes, seal
@@ -21,11 +20,6 @@ from urna.server.prose import max_training_rounds, plan_in_words
 
 PLAN = Path(__file__).parents[2] / "plans" / "digits.toml"
 NAMES = ("pixels", "pca", "cnn")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _built() -> None:
-    pretrain_all(NAMES)
 
 
 def small(*, noise: str = "shared", if_undecided: str = "runoff", num_rounds: int = 4, names: tuple[str, ...] = NAMES) -> Plan:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from urna.models.loading import cache_root
-from urna.models.pretrain import pretrain_all
 
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "plans" / "digits.toml"
@@ -79,7 +78,6 @@ def test_a_missing_plan_is_one_line(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of two built candidates that a test may spoil."""
-    pretrain_all(["pixels", "pca"])
     cache = tmp_path_factory.mktemp("cache")
     for name in ("pixels", "pca"):
         shutil.copytree(cache_root() / name, cache / "models" / name)
