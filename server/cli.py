@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,14 +81,16 @@ def run(
         run_dir.mkdir()
     except FileExistsError:
         raise RunError(f"{run_dir} was begun by another process meanwhile: choose another --name") from None
-    if federation is None:
-        begin(run_dir, plan, "embedded")
-    else:
-        from urna.server.deployed import begin_deployed
-
-        if operator_key is None or roster is None:
-            raise BadInputError("--federation needs --operator-key and --roster, found one or none: give both")
-        begin_deployed(run_dir, plan, federation, operator_key, roster)
+    try:
+        if federation is None:
+            begin(run_dir, plan, "embedded")
+        else:
+            _begin_deployed(run_dir, plan, federation, operator_key, roster)
+    except BaseException:
+        for folder in (run_dir, runs_dir):  # bad input leaves nothing behind; a folder that holds something stays
+            with suppress(OSError):
+                folder.rmdir()
+        raise
     _go(run_dir, plan)
 
 
@@ -216,6 +219,14 @@ def models_check(name: Annotated[str, typer.Argument(help="A candidate.")]) -> N
     console.print(
         f"  worst norm error {found.worst_norm_error:.1e}, clipped sum error {found.clipped_sum_error:.1e}, tolerance 1e-3"
     )
+
+
+def _begin_deployed(run_dir: Path, plan: Plan, federation: str, operator_key: Path | None, roster: Path | None) -> None:
+    from urna.server.deployed import begin_deployed
+
+    if operator_key is None or roster is None:
+        raise BadInputError("--federation needs --operator-key and --roster, found one or none: give both")
+    begin_deployed(run_dir, plan, federation, operator_key, roster)
 
 
 def _prepare_models(plan: Plan) -> None:

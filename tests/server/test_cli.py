@@ -132,3 +132,15 @@ def test_the_command_line_starts_without_loading_torch_or_flower() -> None:
 
 def test_an_unknown_option_is_bad_input(tmp_path: Path) -> None:
     assert urna("run", "--nope", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [([], "--operator-key and --roster"), (["--operator-key", "k", "--roster", "r"], "expected the federation 'nowhere'")],
+)
+def test_a_federation_without_keys_or_roster_is_one_line_and_nothing_is_left(
+    tmp_path: Path, options: list[str], part: str
+) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN.read_text())
+    refused(urna("run", "plan.toml", "--federation", "nowhere", "--name", "x", *options, cwd=tmp_path), part)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
