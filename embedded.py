@@ -18,10 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from urna.protocol.errors import RunError
-from urna.protocol.identity import OPERATOR, Roster, create_identity, load_identity, load_roster
+from urna.protocol.identity import (
+    OPERATOR,
+    OPERATOR_KEY_FILE,
+    ROSTER_FILE,
+    SITES_DIR,
+    Roster,
+    create_identity,
+    load_identity,
+    load_roster,
+)
 from urna.protocol.plan import Plan, VirtualSites
-
-SITES_DIR, OPERATOR_KEY_FILE, ROSTER_FILE = "sites", "operator.key", "roster.json"
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ epsilon_per_campaign = {privacy.epsilon}
 delta = {privacy.delta}
 min_cohort = {min(3, plan.federation.min_sites)}
 min_colluding_sites = {min(1, privacy.max_colluding_sites)}
+secure_sum_required = {str(plan.federation.secure_sum).lower()}
 """
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from urna.client.site import Site, local_log, open_site
+from urna.client.local_log import local_log
+from urna.client.site import Site, open_site
 from urna.protocol.messages import from_record, to_record
 
 SITE_DIR_KEY = "site-dir"  # of the SuperNode's --node-config
@@ -38,9 +39,12 @@ def client_app(folder_of: Callable[[Context], Path]) -> ClientApp:
         return Message(content=to_record(reply), reply_to=message)
 
     app.query("hello")(answer)
+    app.query("setup")(answer)
     app.query("ballot")(answer)
     app.train()(answer)
     app.evaluate()(answer)
+    app.query("unmask")(answer)
+    app.query("abort")(answer)
     app.query("close")(answer)
     return app
 

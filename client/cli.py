@@ -80,8 +80,8 @@ def _in_words(event: str) -> str:
 
 
 def _check_keys(folder: Path) -> str:
-    from urna.client.site import IDENTITY_FILE, ROSTER_FILE, load_data_key, load_site_config
-    from urna.protocol.identity import load_identity, load_roster
+    from urna.client.site import load_data_key, load_site_config
+    from urna.protocol.identity import IDENTITY_FILE, ROSTER_FILE, load_identity, load_roster
 
     name = load_site_config(folder).name
     identity, roster = load_identity(name, folder / IDENTITY_FILE), load_roster(folder / ROSTER_FILE)

@@ -24,16 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from urna.client.round_store import RoundStore, connect
 from urna.privacy.accounting import event_from_json
 from urna.protocol.errors import LedgerError, ReplayError
 from urna.protocol.messages import Partition, SpentRow, Stage
 
 GENESIS = "0" * 64
-BUSY_TIMEOUT_SECONDS = 30
 SCHEMA = """
 CREATE TABLE campaign (
     campaign TEXT PRIMARY KEY, request_sha256 TEXT NOT NULL, plan_json TEXT NOT NULL, models_json TEXT NOT NULL,
-    round_key BLOB NOT NULL, reply BLOB NOT NULL
+    round_key BLOB NOT NULL, reply BLOB NOT NULL, graph_commitment TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE release (
     seq INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, request_sha256 TEXT NOT NULL, campaign TEXT NOT NULL,
@@ -71,6 +71,7 @@ class CampaignRow:
     models: dict[str, str]
     round_key: bytes  # X25519 private key, 32 bytes
     reply: bytes
+    graph_commitment: str = ""  # of the operator's nonce, hex; "" in a campaign of before sparse graphs
 
 
 class Ledger:
@@ -78,6 +79,11 @@ class Ledger:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
+        with _mapped():
+            columns = [row[1] for row in connection.execute("PRAGMA table_info(campaign)")]
+            if columns and "graph_commitment" not in columns:  # a ledger of before sparse graphs
+                connection.execute("ALTER TABLE campaign ADD COLUMN graph_commitment TEXT NOT NULL DEFAULT ''")
+            self.rounds = RoundStore(connection)
 
     @staticmethod
     def create(path: Path) -> "Ledger":
@@ -91,7 +97,7 @@ class Ledger:
         except FileExistsError:
             raise LedgerError(f"{path} exists: a ledger is made once and kept for ever") from None
         with _mapped(path):
-            connection = _connect(path)
+            connection = connect(path)
             connection.executescript(SCHEMA)
         return Ledger(connection)
 
@@ -105,9 +111,9 @@ class Ledger:
         if not path.is_file():
             raise LedgerError(f"expected the ledger at {path}, found nothing: restore it; a lost ledger is not a new budget")
         with _mapped(path):
-            ledger = Ledger(_connect(path))
-            ledger._check_chain()
-        return ledger
+            connection = connect(path)
+            Ledger._check_chain(connection)  # before anything is written: what is refused stays as it was
+        return Ledger(connection)
 
     def close(self) -> None:
         """Close the file."""
@@ -121,8 +127,9 @@ class Ledger:
         """
         with _mapped(), self._transaction():
             self._db.execute(
-                "INSERT OR IGNORE INTO campaign VALUES (?, ?, ?, ?, ?, ?)",
-                (row.campaign, row.request_sha256, row.plan_json, json.dumps(row.models), row.round_key, row.reply),
+                "INSERT OR IGNORE INTO campaign (campaign, request_sha256, plan_json, models_json, round_key, reply,"
+                " graph_commitment) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (row.campaign, row.request_sha256, row.plan_json, json.dumps(row.models), *_secrets(row)),
             )
         kept = self.campaign(row.campaign)
         if kept is None or kept.request_sha256 != row.request_sha256:
@@ -132,8 +139,12 @@ class Ledger:
     def campaign(self, campaign: str) -> CampaignRow | None:
         """What is kept of a campaign, if this site joined it."""
         with _mapped():
-            row = self._db.execute("SELECT * FROM campaign WHERE campaign = ?", (campaign,)).fetchone()
-        return None if row is None else CampaignRow(row[0], row[1], row[2], json.loads(row[3]), row[4], row[5])
+            row = self._db.execute(
+                "SELECT campaign, request_sha256, plan_json, models_json, round_key, reply, graph_commitment"
+                " FROM campaign WHERE campaign = ?",
+                (campaign,),
+            ).fetchone()
+        return None if row is None else CampaignRow(row[0], row[1], row[2], json.loads(row[3]), *row[4:])
 
     def find(self, request_id: str, request_sha256: str) -> bytes | Literal["reserved"] | None:
         """What this ledger holds for a request: the released bytes, a bare reservation, or nothing.
@@ -183,7 +194,7 @@ class Ledger:
             )
 
     def settle(self, request_id: str, reply: bytes) -> None:
-        """Keep the exact bytes that will leave, durably, before they do.
+        """Keep the exact bytes that will leave, durably (within `exclusive`: when that ends), before they do.
 
         Raises:
             RuntimeError: no open reservation of this id.
@@ -206,15 +217,16 @@ class Ledger:
             found = self._db.execute(query + " GROUP BY stage, partition, event ORDER BY MIN(seq)", (campaign,)).fetchall()
         return tuple(SpentRow(stage=row[0], partition=row[1], event=row[2], count=row[3]) for row in found)
 
-    def _check_chain(self) -> None:
-        if self._db.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:  # an index that lost a row would hide a request
+    @staticmethod
+    def _check_chain(db: sqlite3.Connection) -> None:
+        if db.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:  # an index that lost a row would hide a request
             raise LedgerError("the ledger's file was altered: restore it; it is never repaired")
         link = GENESIS
         query = (
             "SELECT request_id, request_sha256, campaign, stage, partition, event, count, reserved_at, link, seq, reply,"
             " reply_link FROM release ORDER BY seq"
         )
-        for position, row in enumerate(self._db.execute(query), start=1):
+        for position, row in enumerate(db.execute(query), start=1):
             link = _link(link, *_fields(Release(*row[:7])), row[7])
             reply_link = None if row[10] is None else _link(link, hashlib.sha256(row[10]).hexdigest())
             if row[8:10] != (link, position) or row[11] != reply_link:
@@ -237,13 +249,8 @@ class Ledger:
             raise
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_SECONDS)
-    # NORMAL lets bytes leave before the spend is on disk; after FULL a power cut may bring the deleted journal, and with it
-    # the ledger before the spend, back
-    connection.execute("PRAGMA synchronous=EXTRA")
-    connection.execute("PRAGMA journal_mode=DELETE")
-    return connection
+def _secrets(row: CampaignRow) -> tuple[bytes, bytes, str]:
+    return (row.round_key, row.reply, row.graph_commitment)
 
 
 def _fields(release: Release) -> tuple[str, str, str, str, str, str, int]:

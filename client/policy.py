@@ -26,6 +26,9 @@ class Policy(Section):
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     min_cohort: Annotated[int, Field(ge=2)] = 3
     min_colluding_sites: Annotated[int, Field(ge=0)] = 1  # the plan's noise must bear that many; 0 trusts every member
+    secure_sum_required: bool = True  # false: also plans that see this site's own release, private by its own noise
+    threshold_fraction: Annotated[float, Field(ge=2 / 3, le=1)] = 2 / 3  # a plan's may be higher, not lower
+    max_unproven_aborts: Annotated[int, Field(ge=0)] = 3  # rounds answered here that a campaign may give up without proof
     candidates: tuple[Name, ...] | None = None  # None: any that this installation knows
 
 
@@ -71,6 +74,14 @@ def admit_plan(policy: Policy, plan: Plan, spent: tuple[SpentRow, ...]) -> Grant
         (
             plan.privacy.noise == "local" or plan.privacy.max_colluding_sites >= policy.min_colluding_sites,
             f"noise: the plan bears {plan.privacy.max_colluding_sites} colluders, this site asks {policy.min_colluding_sites}",
+        ),
+        (
+            plan.federation.secure_sum or not policy.secure_sum_required,
+            "secure sum: the plan sees single releases (federation.secure_sum = false), this site requires sums",
+        ),
+        (
+            plan.federation.threshold_fraction >= policy.threshold_fraction,
+            f"threshold: {plan.federation.threshold_fraction:.3g} of holders open sums, {policy.threshold_fraction:.3g} here",
         ),
         (not foreign, f"candidates: not allowed at this site: {', '.join(foreign)}"),
     ]

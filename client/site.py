@@ -5,12 +5,14 @@ Covered:
     * nothing is computed on records before the release is reserved in the ledger, and nothing leaves before it is settled;
     * a repeated request gets the same bytes; a known id with other content is refused;
     * whatever goes wrong, a fixed code leaves; the text stays in this site's log;
+    * nothing is unmasked for a second list of survivors, nor after the operator failed to show what an earlier list was;
     * once a release is reserved, whether it fails does not depend on single records: a record whose gradient is not finite
       counts as zero, and heads that could make one overflow are refused before.
 Not covered (yet):
     * sealing past the relay, human approval, a ledger head echoed by the operator.
 """
 
+import hashlib
 import logging
 import os
 import tomllib
@@ -26,7 +28,10 @@ import urna
 from urna.client import ballot, evaluation, training
 from urna.client.data import DataConfig, Records, buckets, load_records, split
 from urna.client.ledger import CampaignRow, Ledger, Release
+from urna.client.local_log import local_log
 from urna.client.policy import Denial, Policy, admit_plan, admit_release
+from urna.client.round_store import Audited
+from urna.client.secure_rounds import SecureRounds, graph_nonce
 from urna.models.catalogue import spec
 from urna.models.loading import artefact_sha256, load_backbone
 from urna.models.preflight import check_head
@@ -36,8 +41,10 @@ from urna.privacy.counts import CountLayout
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Integers
 from urna.privacy.release import noisy_sum
-from urna.privacy.secure_sum import Context, SiteRole, check_cohort
+from urna.privacy.ring import masked, numbers_of
+from urna.privacy.secure_sum import Bytes, check_cohort, context_of, named_segments
 from urna.protocol.errors import (
+    AuditError,
     FailureCode,
     LedgerError,
     ModelError,
@@ -48,9 +55,21 @@ from urna.protocol.errors import (
     SiteConfigError,
     UrnaError,
 )
-from urna.protocol.identity import OPERATOR, Identity, Roster, create_identity, load_identity, load_roster
+from urna.protocol.identity import (
+    IDENTITY_FILE,
+    OPERATOR,
+    ROSTER_FILE,
+    Identity,
+    Roster,
+    create_identity,
+    load_identity,
+    load_roster,
+)
 from urna.protocol.messages import (
+    AbortRequest,
+    AnswerOfSite,
     BallotRequest,
+    Burnt,
     CloseRequest,
     Envelope,
     EvaluateRequest,
@@ -60,17 +79,21 @@ from urna.protocol.messages import (
     Masked,
     Member,
     Refusal,
+    SetupReply,
+    SetupRequest,
     Stage,
     Statement,
     Summed,
     TrainRequest,
+    Unmasked,
+    UnmaskRequest,
     open_request,
     seal,
 )
 from urna.protocol.plan import Name, Plan, Section, explain, read_text
+from urna.protocol.quorum import Quorum
 
-CONFIG_FILE, IDENTITY_FILE, DATA_KEY_FILE = "site.toml", "identity.key", "data.key"
-ROSTER_FILE, LEDGER_FILE, LOG_FILE = "roster.json", "ledger.sqlite", "site.log"
+CONFIG_FILE, DATA_KEY_FILE, LEDGER_FILE = "site.toml", "data.key", "ledger.sqlite"
 HEAD_LIMIT = 1e4  # of a head's numbers: no record's gradient can overflow at such a head
 Features = npt.NDArray[np.float32]
 
@@ -116,8 +139,20 @@ class Site:
         plan = Plan.model_validate_json(kept.plan_json)
         if plan.sha256 != request.plan_sha256:
             raise ProtocolError(f"campaign {request.campaign} was opened with another plan")
-        if isinstance(request, CloseRequest):
-            return self._statement(envelope, request, plan)
+        if isinstance(request, UnmaskRequest | AbortRequest):
+            found = self.ledger.rounds.find(request.round_id)
+            if found is not None and found.campaign != request.campaign:
+                raise ProtocolError(f"expected a round of {request.campaign}, found one of {found.campaign}")
+        match request:
+            case CloseRequest():
+                return self._statement(envelope, request, plan)
+            case SetupRequest():
+                return self._setup(envelope, request, plan, kept)
+            case UnmaskRequest():
+                return self._unmask(envelope, request, plan, kept)
+            case AbortRequest():
+                answer = self._secure(plan).burn(request.campaign, request.round_id)
+                return seal(self.identity, Burnt(request_sha256=envelope.sha256, answer=answer))
         return self._release(envelope, request, plan, kept)
 
     def _hello(self, envelope: Envelope, request: HelloRequest) -> Envelope:
@@ -135,7 +170,8 @@ class Site:
             return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
         key = X25519PrivateKey.generate()
         public = key.public_key().public_bytes_raw().hex()
-        member = Member.create(self.identity, request.campaign, public, self.config.data.num_records)
+        commitment = hashlib.sha256(bytes.fromhex(graph_nonce(key))).hexdigest()
+        member = Member.create(self.identity, request.campaign, public, self.config.data.num_records, commitment)
         hello = HelloReply(request_sha256=envelope.sha256, urna_version=urna.__version__, member=member)
         reply = seal(self.identity, hello)
         row = CampaignRow(
@@ -145,6 +181,7 @@ class Site:
             models=dict(request.models),
             round_key=key.private_bytes_raw(),
             reply=reply.to_bytes(),
+            graph_commitment=request.graph_commitment,
         )
         return Envelope.from_bytes(self.ledger.join(row).reply)
 
@@ -172,24 +209,53 @@ class Site:
         known = self.ledger.find(request.request_id, envelope.sha256)
         if isinstance(known, bytes):
             return Envelope.from_bytes(known)
-        self._check(envelope, request, plan, kept)
+        shown = self._check(envelope, request, plan, kept)
         if known is None:
             reasons = self._reserve(envelope, request, plan)
             if reasons:
                 self.log.warning("refused %s: %s", request.request_id, "; ".join(reasons))
                 return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
-        grid = Grid(request.step_exp, len(request.cohort))
-        integers = self._compute(envelope, request, plan, kept, grid)
-        role = SiteRole(self.identity.name, X25519PrivateKey.from_private_bytes(kept.round_key), self._min_cohort(plan))
-        context = Context(request.campaign, request.request_id, request.cohort, envelope.sha256)
-        masked = role.mask(grid.to_ring(integers), context)
-        reply = seal(self.identity, Masked(request_sha256=envelope.sha256), {"masked": masked})
-        self.ledger.settle(request.request_id, reply.to_bytes())
+        grid = Grid(request.step_exp, len(request.cohort), request.ring_bits)
+        numbers = grid.to_ring(self._compute(envelope, request, plan, kept, grid))
+        said = Masked(request_sha256=envelope.sha256)
+        if not plan.federation.secure_sum:  # the policy allows it, and the release is private by itself
+            reply = seal(self.identity, said, named_segments(masked(numbers_of(numbers), len(numbers), grid.ring, [])))
+            self.ledger.settle(request.request_id, reply.to_bytes())
+            return reply
+        context = context_of(request, plan, len(numbers), envelope.sha256)
+        secure = self._secure(plan)
+        upload = secure.upload(context, _round_key(kept), numbers_of(numbers))
+        reply = seal(self.identity, said, upload.to_arrays())
+        with self.ledger.exclusive():  # all of it is on disk, or nothing
+            self.ledger.settle(request.request_id, reply.to_bytes())
+            secure.keep(context)
+            secure.note(shown)
         return reply
 
-    def _check(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow) -> None:
-        """Everything that can be wrong with a request by itself, before it costs anything."""
-        own = X25519PrivateKey.from_private_bytes(kept.round_key).public_key().public_bytes_raw().hex()
+    def _setup(self, envelope: Envelope, request: SetupRequest, plan: Plan, kept: CampaignRow) -> Envelope:
+        for member in request.cohort:
+            member.check(self.roster, request.campaign)
+        nonce = self._secure(plan).setup(request.campaign, _round_key(kept), request.cohort)
+        return seal(self.identity, SetupReply(request_sha256=envelope.sha256, graph_nonce=nonce))
+
+    def _unmask(self, envelope: Envelope, request: UnmaskRequest, plan: Plan, kept: CampaignRow) -> Envelope:
+        def sealed(pads: Bytes, answer: AnswerOfSite) -> bytes:
+            return seal(self.identity, Unmasked(request_sha256=envelope.sha256, answer=answer), {"pads": pads}).to_bytes()
+
+        reply = self._secure(plan).unmask(request.round_id, _round_key(kept), request.alive, envelope.sha256, sealed)
+        return Envelope.from_bytes(reply)
+
+    def _secure(self, plan: Plan) -> SecureRounds:
+        aborts = self.config.policy.max_unproven_aborts
+        return SecureRounds(self.identity, self.roster, self.ledger.rounds, self._min_cohort(plan), aborts)
+
+    def _check(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow) -> dict[str, Audited]:
+        """Everything that can be wrong with a request by itself, before it costs anything.
+
+        Returns:
+            What it shows of earlier rounds.
+        """
+        own = _round_key(kept).public_key().public_bytes_raw().hex()
         if check_cohort(request.cohort, self._min_cohort(plan)).get(self.identity.name) != own:
             raise ProtocolError(f"expected {self.identity.name} with its own round key in the cohort, found another or none")
         for member in request.cohort:
@@ -204,6 +270,14 @@ class Site:
             raise ProtocolError(f"expected candidates of the plan, found {', '.join(sorted(foreign))}")
         for name, candidate in heads.items():
             self._vector(envelope, name, candidate, plan)
+        secure = self._secure(plan)
+        if plan.federation.secure_sum:
+            quorum = _quorum(plan, len(request.cohort))
+            if quorum.min_survivors < self._min_cohort(plan):
+                raise ProtocolError(f"expected sums of {self._min_cohort(plan)} survivors, found {quorum.min_survivors}")
+            secure.check_graph(request, quorum, kept.graph_commitment)
+            secure.check_round(request.request_id, _round_key(kept), request.cohort)
+        return secure.check_audits(request.campaign, request.audits)
 
     def _reserve(self, envelope: Envelope, request: Summed, plan: Plan) -> tuple[str, ...]:
         """Write the reservation, or why not: decided and written while no other process of this site can spend."""
@@ -285,6 +359,8 @@ class Site:
         return self._features[key]
 
     def _statement(self, envelope: Envelope, request: CloseRequest, plan: Plan) -> Envelope:
+        secure = self._secure(plan)
+        secure.note(secure.check_audits(request.campaign, request.audits))
         rows = self.ledger.rows(request.campaign)
         delta = plan.privacy.delta
         stages: list[Stage] = list(dict.fromkeys(row.stage for row in rows))
@@ -309,6 +385,17 @@ def _heads(request: Summed) -> dict[str, Name]:
     return {}
 
 
+def _quorum(plan: Plan, num_sites: int) -> Quorum:
+    try:
+        return plan.quorum(num_sites)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None
+
+
+def _round_key(kept: CampaignRow) -> X25519PrivateKey:
+    return X25519PrivateKey.from_private_bytes(kept.round_key)
+
+
 def failure_code(error: Exception) -> FailureCode:
     """The fixed code of an exception; the first match counts."""
     table: list[tuple[type[Exception], FailureCode]] = [
@@ -316,6 +403,7 @@ def failure_code(error: Exception) -> FailureCode:
         (SiteConfigError, FailureCode.DATA),
         (ModelError, FailureCode.MODEL),
         (ReplayError, FailureCode.REPLAY_CHANGED),
+        (AuditError, FailureCode.AUDIT),
         (NonFiniteError, FailureCode.NUMERIC),
         (PlanError, FailureCode.BAD_REQUEST),
         (ProtocolError, FailureCode.BAD_REQUEST),
@@ -386,16 +474,3 @@ def create_keys(folder: Path, name: str) -> Identity:
         file.write(os.urandom(32))
     Ledger.create(folder / LEDGER_FILE).close()
     return identity
-
-
-def local_log(name: str, folder: Path) -> logging.Logger:
-    """The log that stays at the site, readable by its owner alone."""
-    log = logging.getLogger(f"urna.site.{name}.{folder}")
-    log.propagate = False  # not into Flower's log, which the operator can read
-    if not log.handlers:
-        (folder / LOG_FILE).touch(mode=0o600)
-        handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-    return log

@@ -87,5 +87,8 @@ def local_steps(
     for _ in range(plan.final.local_steps):
         rows = sample_gradients(data, current.astype(np.float32), plan)
         noisy = noisy_sum(rows, max_norm, noise_multiplier, grid, num_noise_parties=1) * grid.step
-        current = current - plan.final.local_learning_rate / expected_batch * noisy
+        pull = plan.final.proximal_mu * (
+            current - vector
+        )  # FedProx (Li et al. 2020); of public numbers and private outputs only
+        current = current - plan.final.local_learning_rate * (noisy / expected_batch + pull)
     return np.asarray(current - vector)

@@ -11,6 +11,7 @@
       ProtocolError   exit 4      a peer sent what the protocol does not allow
         SignatureError            not signed by whom it claims
         ReplayError               a known request id with other content
+        AuditError                an earlier round was not shown to have had one alive list
         NonFiniteError            NaN or infinity where a number is to be clipped
       LedgerError     exit 4      the ledger is missing, altered or busy: nothing is released
 
@@ -75,6 +76,10 @@ class ReplayError(ProtocolError):
     """A request id that was answered before came with other content."""
 
 
+class AuditError(ProtocolError):
+    """A server did not show that an earlier round had one alive list for everybody, or showed that it had two."""
+
+
 class NonFiniteError(ProtocolError):
     """A number that is to be clipped is NaN or infinite; it would switch the clip off."""
 
@@ -93,5 +98,6 @@ class FailureCode(StrEnum):
     DATA = "data"  # the records cannot be read as declared
     MODEL = "model"  # the candidate is missing here, altered, or not sound under DP
     NUMERIC = "numeric"  # a non-finite or out-of-range value
+    AUDIT = "audit"  # an earlier round was not shown to have had one alive list
     LEDGER = "ledger"  # the ledger cannot record the release
     INTERNAL = "internal"  # anything else

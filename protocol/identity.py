@@ -10,6 +10,7 @@ Not covered (yet):
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -22,6 +23,7 @@ from urna.protocol.errors import SignatureError, SiteConfigError
 from urna.protocol.plan import Name, explain, read_text
 
 OPERATOR = "operator"
+OPERATOR_KEY_FILE, ROSTER_FILE, SITES_DIR, IDENTITY_FILE = "operator.key", "roster.json", "sites", "identity.key"
 PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -96,13 +98,17 @@ def create_identity(name: str, path: Path) -> Identity:
         SiteConfigError: there is a file already.
     """
     key = Ed25519PrivateKey.generate()
+    _write_key(key, path)
+    return Identity(name, key)
+
+
+def _write_key(key: Ed25519PrivateKey, path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise SiteConfigError(f"{path} exists: an identity is made once; move it away to make a new one") from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(key.private_bytes_raw())
-    return Identity(name, key)
 
 
 def load_identity(name: str, path: Path) -> Identity:
@@ -129,3 +135,42 @@ def load_roster(path: Path) -> Roster:
         return Roster.model_validate_json(read_text(path, "roster", SiteConfigError))
     except ValidationError as error:
         raise SiteConfigError(f"{path}: {explain(error, Roster)}") from None
+
+
+def create_consortium(folder: Path, names: Iterable[str]) -> Roster:
+    """Make all keys of a group at one place: for a simulation, a trial, or one trusted person who hands the folders out.
+
+    ``folder`` gets ``operator.key`` and ``roster.json``; ``folder/sites/NAME``, for each site, gets ``identity.key`` and the
+    same roster. Where members do not trust one person with all keys, each makes its own (`create_identity`).
+
+    Args:
+        folder: made if it is not there.
+        names: of the sites; a simulation of Flower looks for ``site-1``, ``site-2``, ...
+
+    Raises:
+        SiteConfigError: one of the files is there already, or a name is none (nothing is written then).
+    """
+    wanted = list(names)
+    keys = {name: Ed25519PrivateKey.generate() for name in (OPERATOR, *wanted)}
+    public = {name: Identity(name, key).public_key_hex for name, key in keys.items()}
+    operator = public.pop(OPERATOR)
+    try:
+        roster = Roster(operator=operator, sites=public)
+    except ValidationError as error:
+        raise SiteConfigError(f"these sites make no consortium: {explain(error, Roster)}") from None
+    if not wanted or len(public) != len(wanted):
+        raise SiteConfigError(f"expected different names of sites, none of them {OPERATOR!r}, found {wanted}")
+    homes = {name: folder / SITES_DIR / name for name in public}
+    files = [folder / OPERATOR_KEY_FILE, *(home / IDENTITY_FILE for home in homes.values())]
+    rosters = [folder / ROSTER_FILE, *(home / ROSTER_FILE for home in homes.values())]
+    there = [str(path) for path in (*files, *rosters) if path.exists()]
+    if there:
+        raise SiteConfigError(f"{', '.join(there[:3])} exist: keys are made once; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for home in homes.values():
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path, key in zip(files, keys.values(), strict=True):
+        _write_key(key, path)
+    for path in rosters:
+        path.write_text(roster.model_dump_json(indent=2), encoding="utf-8")
+    return roster

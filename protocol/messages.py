@@ -1,10 +1,15 @@
 """One model per request and reply, versioned and signed; an `Envelope` is what travels.
 
     hello     plan, model hashes                  -> HelloReply: what a site may say publicly, its round key
+    setup     all members; sparse graphs only     -> SetupReply: the nonce it had committed to
     ballot    candidates, mechanism, cohort       -> Masked: its buckets' votes (K numbers)
     train     candidate, mechanism, cohort, head  -> Masked: its clipped gradients (p numbers)
     evaluate  candidates, mechanism, cohort       -> Masked: its held-out counts
+    unmask    who uploaded                        -> Unmasked: what opens the sum of these sites, and no other
+    abort     a round that will not be opened     -> Burnt: it never will be, and whether this site had answered
     close     nothing                             -> Statement: what its ledger says this campaign cost
+
+The second exchange of a round is `unmask`. The next request shows all sites what each signed in it (`Audit`).
 
 Any reply may be a `Refusal` (policy: all reasons at once) or a `Failure` (a fixed code, never a text).
 
@@ -37,11 +42,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Stage = Literal["hello", "ballot", "runoff", "final", "evaluation", "close"]
 Partition = Literal["tuning", "heldout"]  # of a site's records, by a keyed hash of each id
+RequestId = Annotated[str, Field(pattern=r"^[a-z0-9_/.-]{1,200}$")]
+SignatureHex = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 PARTITIONS: tuple[Partition, ...] = ("tuning", "heldout")
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1000)]
 AnyArray = npt.NDArray[Any]  # of the types in ARRAY_TYPES only
-ARRAY_TYPES = ("float32", "uint32")
+ARRAY_TYPES = ("float32", "uint8", "uint64")
 RAW = "urna.raw"  # how arrays travel in Flower records: their bytes, little-endian, in C order
 
 
@@ -50,38 +57,48 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
 
 
 class Member(Message):
-    """A site in one campaign: its X25519 round key and declared size, signed by its identity."""
+    """A site in one campaign: its X25519 round key and declared size, signed by its identity.
+
+    ``graph_commitment`` is the hash of a nonce that sparse graphs depend on; it is told when the members are fixed.
+    """
 
     site: Name
     public_key: PublicKeyHex
     num_records: Annotated[int, Field(ge=1, le=10**12)]  # declared, public, may be rounded
-    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    graph_commitment: Sha256 | Literal[""] = ""
+    signature: SignatureHex
 
     @staticmethod
-    def create(identity: Identity, campaign: str, public_key: str, num_records: int) -> "Member":
-        """Sign this site's round key and size for one campaign."""
-        signature = identity.sign("member", _member_bytes(campaign, public_key, num_records))
-        return Member(site=identity.name, public_key=public_key, num_records=num_records, signature=signature.hex())
+    def create(identity: Identity, campaign: str, public_key: str, num_records: int, graph_commitment: str = "") -> "Member":
+        """Sign this site's round key, size and commitment for one campaign."""
+        signature = identity.sign("member", _member_bytes(campaign, public_key, num_records, graph_commitment))
+        return Member(
+            site=identity.name,
+            public_key=public_key,
+            num_records=num_records,
+            graph_commitment=graph_commitment,
+            signature=signature.hex(),
+        )
 
     def check(self, roster: Roster, campaign: str) -> None:
         """Check the signature against the pinned identity.
 
         Raises:
-            SignatureError: no site of the roster (the operator is none), or the key or size was not signed by this site for
-                this campaign.
+            SignatureError: no site of the roster (the operator is none), or the key, size or commitment was not signed by this
+                site for this campaign.
         """
         if self.site not in roster.sites:
             raise SignatureError(f"expected a site of the roster, found {self.site!r}: ask for a new roster")
-        data = _member_bytes(campaign, self.public_key, self.num_records)
+        data = _member_bytes(campaign, self.public_key, self.num_records, self.graph_commitment)
         verify(roster, self.site, "member", data, bytes.fromhex(self.signature))
 
 
-def _member_bytes(campaign: str, public_key: str, num_records: int) -> bytes:
-    return f"{campaign}/{public_key}/{num_records}".encode()
+def _member_bytes(campaign: str, public_key: str, num_records: int, graph_commitment: str) -> bytes:
+    return f"{campaign}/{public_key}/{num_records}/{graph_commitment}".encode()
 
 
 class Request(Message):
@@ -89,7 +106,7 @@ class Request(Message):
 
     campaign: Name
     plan_sha256: Sha256
-    request_id: Annotated[str, Field(pattern=r"^[a-z0-9_/.-]{1,200}$")]
+    request_id: RequestId
     stage: Stage
 
 
@@ -100,15 +117,50 @@ class HelloRequest(Request):
     stage: Literal["hello"] = "hello"
     plan_json: Annotated[str, Field(max_length=1_000_000)]
     models: dict[Name, Sha256]
+    graph_commitment: Sha256  # of the nonce that sparse graphs will depend on, fixed before any site shows its key
+
+
+class SetupRequest(Request):
+    """Fixes the members of a campaign with a sparse graph: asks for the nonces that they committed to."""
+
+    kind: Literal["setup"] = "setup"
+    stage: Literal["hello"] = "hello"
+    cohort: Annotated[tuple[Member, ...], Field(max_length=20_000)]
+
+
+class AnswerOfSite(Message):
+    """What one holder signed about a round: the alive list that it answered for (its digest), or that it answered none."""
+
+    alive_sha256: Sha256 | Literal[""]
+    signature: SignatureHex
+
+
+class Audit(Message):
+    """What became of an earlier round, with what the holders signed: everyone sees that all were shown one alive list.
+
+    An opened round lists its ``alive`` and at least the threshold of answers for it. A round that was given up lists nobody,
+    and what the holders said when they burnt it.
+    """
+
+    round_id: RequestId
+    alive: Annotated[tuple[Name, ...], Field(max_length=20_000)]
+    answers: Annotated[dict[Name, AnswerOfSite], Field(max_length=255)]
 
 
 class Summed(Request):
-    """A request whose reply is one masked vector of a secure sum."""
+    """A request whose reply is one masked vector of a secure sum.
+
+    With ``federation.secure_sum = false`` the vector comes as it is, private by its own noise.
+    """
 
     cohort: tuple[Member, ...]
     noise_multiplier: PositiveFinite  # of the whole sum
     step_exp: Annotated[int, Field(ge=-60, le=30)]
+    ring_bits: Literal[16, 24, 32] = 32
     planned_count: Annotated[int, Field(ge=1, le=100_000)] = 1  # releases of this kind that the stage will ask for
+    graph_nonce: Sha256  # opens the commitment of the hello
+    graph_nonces: Annotated[dict[Name, Sha256], Field(max_length=20_000)] = {}  # where the graph is sparse: the members'
+    audits: Annotated[tuple[Audit, ...], Field(max_length=1_000)] = ()  # of rounds that a member of the cohort answered
 
 
 class BallotRequest(Summed):
@@ -139,11 +191,27 @@ class EvaluateRequest(Summed):
     detail: bool
 
 
+class UnmaskRequest(Request):
+    """The second exchange of a round: asks for what opens the sum of the sites in ``alive``."""
+
+    kind: Literal["unmask"] = "unmask"
+    round_id: RequestId
+    alive: Annotated[tuple[Name, ...], Field(max_length=20_000)]  # sorted
+
+
+class AbortRequest(Request):
+    """Gives a round up after its unmask was asked and too few answered: no site will ever answer it from then on."""
+
+    kind: Literal["abort"] = "abort"
+    round_id: RequestId
+
+
 class CloseRequest(Request):
     """Ends a campaign: asks for what the ledger says it cost."""
 
     kind: Literal["close"] = "close"
     stage: Literal["close"] = "close"
+    audits: Annotated[tuple[Audit, ...], Field(max_length=1_000)] = ()  # of rounds that were not shown to every member yet
 
 
 class Reply(Message):
@@ -160,10 +228,34 @@ class HelloReply(Reply):
     member: Member
 
 
+class SetupReply(Reply):
+    """The nonce that this site had committed to."""
+
+    kind: Literal["setup"] = "setup"
+    graph_nonce: Sha256
+
+
 class Masked(Reply):
-    """A masked vector, in array ``masked`` (d,) uint32."""
+    """An upload of `secure_sum`: arrays ``segment-0000`` ... and ``shares``, ``checks`` (uint8), ``scalars`` (uint64).
+
+    Without a secure sum: only segments, and nothing masks them.
+    """
 
     kind: Literal["masked"] = "masked"
+
+
+class Unmasked(Reply):
+    """Pads of single shares, in array ``pads`` (items, 32) uint8, and the alive list signed for the next `Audit`."""
+
+    kind: Literal["unmasked"] = "unmasked"
+    answer: AnswerOfSite
+
+
+class Burnt(Reply):
+    """A round that this site will never unmask from now on, and the alive list that it had answered, if any, signed."""
+
+    kind: Literal["burnt"] = "burnt"
+    answer: AnswerOfSite
 
 
 class SpentRow(Message):
@@ -199,8 +291,10 @@ class Failure(Reply):
     code: FailureCode
 
 
-AnyRequest = HelloRequest | BallotRequest | TrainRequest | EvaluateRequest | CloseRequest
-AnyReply = HelloReply | Masked | Statement | Refusal | Failure
+AnyRequest = (
+    HelloRequest | SetupRequest | BallotRequest | TrainRequest | EvaluateRequest | UnmaskRequest | AbortRequest | CloseRequest
+)
+AnyReply = HelloReply | SetupReply | Masked | Unmasked | Burnt | Statement | Refusal | Failure
 _REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
 _REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])
 
@@ -245,7 +339,7 @@ class Envelope:
 
 
 def seal(identity: Identity, message: Message, arrays: Mapping[str, AnyArray] | None = None) -> Envelope:
-    """Sign a message with its arrays (float32 or uint32)."""
+    """Sign a message with its arrays (float32, uint8 or uint64)."""
     body = message.model_dump_json().encode()
     kept = dict(arrays or {})
     return Envelope(identity.name, body, identity.sign("message", _signed_bytes(body, kept)), kept)
@@ -257,7 +351,7 @@ def open_request(envelope: Envelope, roster: Roster, operator: str) -> AnyReques
     Raises:
         ProtocolError: not signed by ``operator``, too large, or not a request of this version.
     """
-    _check(envelope, roster, operator)
+    check_envelope(envelope, roster, operator)
     return read_request(envelope.body)
 
 
@@ -267,11 +361,11 @@ def open_reply(envelope: Envelope, roster: Roster, site: str, request: Envelope)
     Raises:
         ProtocolError: not signed by that site, an answer to something else, or not a reply of this version.
     """
-    _check(envelope, roster, site)
+    check_envelope(envelope, roster, site)
     try:
         reply = _REPLY.validate_json(envelope.body)
     except ValidationError as error:
-        raise ProtocolError(f"expected a reply of version 1 from {site}, found {_summary(error)}") from None
+        raise ProtocolError(f"expected a reply of version 2 from {site}, found {summary_of(error)}") from None
     if reply.request_sha256 != request.sha256:
         raise ProtocolError(f"expected {site}'s answer to {request.sha256[:12]}, found one to another request")
     return reply
@@ -286,10 +380,15 @@ def read_request(body: bytes) -> AnyRequest:
     try:
         return _REQUEST.validate_json(body)
     except ValidationError as error:
-        raise ProtocolError(f"expected a request of version 1, found {_summary(error)}") from None
+        raise ProtocolError(f"expected a request of version 2, found {summary_of(error)}") from None
 
 
-def _check(envelope: Envelope, roster: Roster, sender: str) -> None:
+def check_envelope(envelope: Envelope, roster: Roster, sender: str) -> None:
+    """Check who signed.
+
+    Raises:
+        ProtocolError: not signed by ``sender``, too large, or with arrays of other types.
+    """
     if len(envelope.body) > BODY_LIMIT_BYTES or len(envelope.arrays) > ARRAYS_LIMIT:
         raise ProtocolError(f"expected a body of at most {BODY_LIMIT_BYTES} bytes, found {len(envelope.body)}")
     for name, array in envelope.arrays.items():
@@ -309,7 +408,7 @@ def _signed_bytes(body: bytes, arrays: Mapping[str, AnyArray]) -> bytes:
     return len(body).to_bytes(8, "big") + body + json.dumps(lines).encode()
 
 
-def _summary(error: ValidationError) -> str:
+def summary_of(error: ValidationError) -> str:
     """Where a foreign message is wrong, without its content."""
     return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['type']}" for item in error.errors()[:3])
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from urna.protocol.errors import PlanError, ProtocolError
+from urna.protocol.quorum import Quorum, quorum
 
 PLAN_LIMIT_BYTES = 1_000_000  # refused before it is parsed
 
@@ -32,6 +33,8 @@ class Section(BaseModel):
     def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
         """Pydantic alone reads "3.0" and true as numbers, and takes infinity and integers that no JSON reader takes back."""
         field = cls.model_fields.get(info.field_name or "")
+        if field is not None and field.annotation is bool and not isinstance(value, bool):
+            raise ValueError("input should be true or false, without quotes")
         if field is not None and field.annotation in (int, float):
             if isinstance(value, str | bool):
                 raise ValueError("input should be a number, without quotes")
@@ -82,7 +85,13 @@ class Federation(Section):
 
     min_sites: Annotated[int, Field(ge=2)]  # no sum over fewer sites is ever opened
     num_records: Annotated[int, Field(ge=50)]  # public, may be rounded: the sites' declared sizes added up
-    round_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 120.0
+    round_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 120.0  # of each of a round's two exchanges
+    # only sums are opened; without it every site's release is seen, so it must be private by itself (privacy.noise = "local")
+    secure_sum: bool = True
+    # of a number in a sum, at least: fewer bits, fewer bytes, coarser numbers; sums that need more get more
+    ring_bits: Literal[16, 24, 32] = 32
+    max_dropouts: Annotated[int, Field(ge=0)] | None = None  # that a round survives; None: as many as the threshold allows
+    threshold_fraction: Annotated[float, Field(ge=2 / 3, le=1)] = 2 / 3  # more than this part of the holders opens a sum
     virtual: VirtualSites | None = None
 
 
@@ -119,9 +128,21 @@ class Final(Section):
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1  # DP-SGD steps a round at each site (noise = "local")
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    optimizer: Literal["sgd", "adam"] = "adam"  # of the server; sites of noise = "local" take plain DP-SGD steps
+    # of the server, by Flower's strategies of these names; sites of noise = "local" take plain DP-SGD steps
+    optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = "adam"
     learning_rate: Annotated[float, Field(gt=0, le=1000)]
     local_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # of the sites' steps (noise = "local")
+    proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0  # pulls local steps to the global head (FedProx)
+    # how updates become one; all but the mean need to see each update (federation.secure_sum = false)
+    aggregation: Literal["mean", "median", "trimmed_mean", "krum", "bulyan"] = "mean"
+    num_malicious_sites: Annotated[int, Field(ge=0, le=1000)] = 1  # that a robust aggregation bears
+
+    @property
+    def min_robust_sites(self) -> int:
+        """How many sites the aggregation needs to bear that many (Blanchard et al. 2017; El Mhamdi et al. 2018)."""
+        bad = self.num_malicious_sites
+        needed = {"mean": 1, "median": 2 * bad + 1, "trimmed_mean": 2 * bad + 1, "krum": 2 * bad + 3, "bulyan": 4 * bad + 3}
+        return needed[self.aggregation]
 
 
 class Evaluation(Section):
@@ -171,6 +192,24 @@ class Plan(Section):
                 f"privacy.max_colluding_sites must be at most federation.min_sites - 2 = "
                 f"{self.federation.min_sites - 2}, found {self.privacy.max_colluding_sites}: "
                 "with fewer than two honest sites a sum hides nothing; add sites or lower it"
+            )
+        if self.privacy.noise == "shared" and self.final.proximal_mu:
+            raise ValueError('final.proximal_mu pulls local steps, and privacy.noise = "shared" has none: use 0, or "local"')
+        if not self.federation.secure_sum and self.privacy.noise != "local":
+            raise ValueError(
+                'federation.secure_sum = false needs privacy.noise = "local", found "shared": without the sum each update is '
+                "seen with its own share of the noise only, which does not make it private"
+            )
+        if self.final.aggregation != "mean" and self.federation.secure_sum:
+            raise ValueError(
+                f'final.aggregation = "{self.final.aggregation}" compares single updates, which a secure sum never opens: '
+                'use "mean", or federation.secure_sum = false with privacy.noise = "local"'
+            )
+        if self.final.min_robust_sites > self.federation.min_sites:
+            raise ValueError(
+                f'final.aggregation = "{self.final.aggregation}" bears {self.final.num_malicious_sites} bad sites '
+                f"of {self.final.min_robust_sites} or more, found federation.min_sites = {self.federation.min_sites}: raise it "
+                "or lower final.num_malicious_sites"
             )
         if self.ballot.budget_fraction * self.ballot.max_attempts > 0.9:
             raise ValueError(
@@ -229,13 +268,22 @@ class Plan(Section):
                 "correct federation.num_records or the sites' declarations"
             )
 
-    def noise_parties(self, cohort_size: int) -> int:
-        """How many honest sites of a cohort surely add their share of the noise.
+    def quorum(self, cohort_size: int) -> Quorum:
+        """Who must be there for a sum over a cohort to open.
 
-        A sum opens with all of its cohort or not at all, so that is everyone but the colluders; with local noise each
-        site counts on itself alone.
+        Raises:
+            ValueError: the cohort is too small for this plan.
         """
-        return 1 if self.privacy.noise == "local" else cohort_size - self.privacy.max_colluding_sites
+        colluding = min(self.privacy.max_colluding_sites, cohort_size - 2)
+        federation = self.federation
+        return quorum(cohort_size, colluding, federation.min_sites, federation.max_dropouts, federation.threshold_fraction)
+
+    def noise_parties(self, cohort_size: int) -> int:
+        """How many honest sites of a cohort surely add their share of the noise to a sum that opens.
+
+        The smallest number of survivors less the colluders; with local noise each site counts on itself alone.
+        """
+        return 1 if self.privacy.noise == "local" else self.quorum(cohort_size).noise_parties
 
     def num_buckets(self, num_records: int) -> int:
         """M of a site with ``num_records`` declared records; at least 1."""

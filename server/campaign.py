@@ -71,6 +71,7 @@ class Campaign:
         if not kept:
             why = "; ".join(f"{one.name}: {', '.join(one.reasons)}" for one in judged)
             raise PlanError(f"the shortlist left no candidate ({why}): loosen [shortlist] or add candidates")
+        self.stages.check_rings(kept, budget.ballot_noise_multiplier(plan), multiplier)
         return kept
 
     def _ballot(self, names: list[str]) -> ballot.Ranking | None:
@@ -179,8 +180,7 @@ def run_campaign(run_dir: Path, transport: Transport, identity: Identity, roster
         plan = recorded_plan(journal)
         starts = sum(entry.kind == "start" for entry in journal.entries())
         journal.record(f"start/{starts + 1}", {"versions": versions()})
-        federation = plan.federation
-        rounds = Rounds(transport, journal, identity, roster, federation.min_sites, federation.round_timeout_seconds)
+        rounds = Rounds(transport, journal, identity, roster, plan)
         Campaign(plan, journal, Stages(run_dir.name, plan, journal, rounds)).run()
     finally:
         journal.close()

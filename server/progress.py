@@ -88,11 +88,12 @@ class Progress:
         if "index" in value:
             self.index = f"{value['candidate']} {value['index']}/{value['of']}"
         for site, why in value["dropped"].items():
-            self._say(
-                f"{entry.key.removeprefix('round/')}: {site} dropped out ({why}); the round is lost, the campaign goes on"
-            )
+            ended = f"the sum of {len(value['survivors'])} opened" if value["opened"] else "the round is lost"
+            self._say(f"{entry.key.removeprefix('round/')}: {site} dropped out ({why}); {ended}, the campaign goes on")
+        if not value["opened"] and not value["dropped"]:
+            self._say(f"{entry.key.removeprefix('round/')}: too few sites unmasked; the round is lost, the campaign goes on")
         if value.get("index", 0) and (value["index"] % 10 == 0 or value["index"] == value["of"]):
-            self._say(f"{self.stage} {self.index}: {self.cohort} sites, epsilon {value['epsilon']:.3f}")
+            self._say(f"{self.stage} {self.index}: {len(value['survivors'])} sites, epsilon {value['epsilon']:.3f}")
 
     def _say(self, line: str) -> None:
         self.lines.append(line)
@@ -117,7 +118,7 @@ class Progress:
         eta = "" if self.eta_seconds is None else f"  about {max(0, self.eta_seconds):.0f} s left"
         grid.add_row("rounds", Group(ProgressBar(total=total, completed=self.rounds_done, width=40)))
         grid.add_row("", f"{self.rounds_done} of {total}  {self.index}{eta}")
-        grid.add_row("sites", f"{self.cohort or self.members} of {self.members} in the round, {self.dropouts} dropouts")
+        grid.add_row("sites", f"{self.cohort or self.members} of {self.members} asked, {self.dropouts} dropouts")
         limit = self.plan.privacy.epsilon
         spent = f"{self.epsilon['tuning']:.3f} training, {self.epsilon['heldout']:.3f} held-out, of {limit:g}"
         grid.add_row("epsilon", spent)

@@ -38,9 +38,11 @@ def plan_in_words(plan: Plan) -> str:
 def _who(plan: Plan) -> str:
     privacy, federation = plan.privacy, plan.federation
     noise = {
-        "shared": "each site adds its part of the noise and only the secure sum over all of a round's sites is opened",
+        "shared": "each site adds its part of the noise and only the secure sum over a round's surviving sites is opened",
         "local": "each site's contribution is private by itself",
     }[privacy.noise]
+    if not federation.secure_sum:
+        noise += "; there is no secure sum, so the operator sees each site's contribution"
     return (
         f"Sites. At least {federation.min_sites} sites with {federation.num_records} records in all (public number). "
         f"No record leaves a site. Whatever leaves is noisy: {noise}"

@@ -103,7 +103,8 @@ class Noise(Part):
 
     kind: str
     meaning: str
-    max_colluding_sites: int  # of a round's sites; epsilon holds if all others add their noise
+    max_colluding_sites: int  # epsilon holds if, of the fewest sites that may open a sum, all others add their noise
+    secure_sum: bool  # whether only sums were opened
 
 
 class Left(Part):

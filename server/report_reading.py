@@ -186,11 +186,16 @@ class _Reading:
 
     def _noise(self) -> Noise:
         meaning = {
-            "shared": "each site adds its part of the noise, and only the sum over all sites of a round is ever opened",
+            "shared": "each site adds its part of the noise, and only the sum over a round's surviving sites is ever opened",
             "local": "each site adds enough noise for its own contribution to be private by itself",
         }[self.plan.privacy.noise]
         privacy = self.plan.privacy
-        return Noise(kind=privacy.noise, meaning=meaning, max_colluding_sites=privacy.max_colluding_sites)
+        return Noise(
+            kind=privacy.noise,
+            meaning=meaning,
+            max_colluding_sites=privacy.max_colluding_sites,
+            secure_sum=self.plan.federation.secure_sum,
+        )
 
     def _left(self) -> tuple[Left, ...]:
         """One line for each kind of release, in the order in which they began."""
@@ -242,7 +247,7 @@ class _Reading:
             "The finalists were compared on the same held-out records that evaluated the winner." if self._runoff() else "",
             _about_size(_counts(counts)) if counts else "",
             "A ballot's score is a 1-NN accuracy in small groups of records: what others reach when fine-tuned is not known.",
-            "A sum opens with all of its sites or not at all: one missing reply loses a round that the others have paid for.",
+            _about_sums(plan),
             f"{lost} of {len(self.rounds)} rounds were lost." if lost else "",
             _about_honesty(colluding) if plan.privacy.noise == "shared" else "",
             "The unit is a record: a person with several records, or at two sites, is protected less than epsilon says.",
@@ -294,6 +299,15 @@ def _about_size(counts: Counts) -> str:
     return (
         f"How many records were evaluated is itself a noisy count: {counts.num_records:.0f} ± {std:.0f}. Scores of single "
         "classes are estimated from a noisy matrix: a class that is worse than the others may look better than it is."
+    )
+
+
+def _about_sums(plan: Plan) -> str:
+    if not plan.federation.secure_sum:
+        return "There was no secure sum: the operator saw each site's noisy numbers by themselves."
+    return (
+        "A sum opens with more than two thirds of its sites, or not at all; what a lost round cost is spent. Every survivor's "
+        "noise is in it, so the more survive, the more noise it has."
     )
 
 

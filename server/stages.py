@@ -3,6 +3,7 @@
 Everything is recorded in the journal under the stage's key; asking again gives back what was recorded.
 """
 
+import hashlib
 import logging
 import math
 from collections import Counter
@@ -16,7 +17,7 @@ from urna.models.loading import artefact_sha256
 from urna.models.tuning import trainable_size
 from urna.privacy.accounting import described, epsilon_of, epsilon_of_rows
 from urna.privacy.counts import CountLayout, Counts
-from urna.privacy.fixed_point import grid_for
+from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats
 from urna.protocol.errors import PlanError, ProtocolError, RefusedError, RoundError
 from urna.protocol.messages import (
@@ -30,6 +31,7 @@ from urna.protocol.messages import (
     HelloRequest,
     Member,
     Partition,
+    SetupRequest,
     Stage,
     Statement,
     Summed,
@@ -37,12 +39,13 @@ from urna.protocol.messages import (
 )
 from urna.protocol.plan import Plan
 from urna.server.journal import Journal, Json
-from urna.server.rounds import Ask, Outcome, Rounds
+from urna.server.rounds import Ask, Combine, Opening, Outcome, Rounds
 from urna.strategies import ballot
-from urna.strategies.aggregation import OptimizerState, apply
+from urna.strategies.aggregation import OptimizerState, apply, combine
+from urna.strategies.budget import final_counts_noise_multiplier
+from urna.strategies.sizing import ballot_grid, count_grid, train_grid
 
 log = logging.getLogger(__name__)
-NOISE_RANGE = 12.0  # standard deviations of noise that the ring leaves room for
 
 
 @dataclass
@@ -65,7 +68,9 @@ class Stages:
         """
         models = self.journal.once("models", self._pinned_models)
         fields = self._header("hello", "hello")
-        request = HelloRequest(**fields, plan_json=self.plan.model_dump_json(), models=models)
+        commitment = hashlib.sha256(bytes.fromhex(self.rounds.graph_nonce)).hexdigest()
+        plan_json = self.plan.model_dump_json()
+        request = HelloRequest(**fields, plan_json=plan_json, models=models, graph_commitment=commitment)
         federation = self.plan.federation
         expected = federation.virtual.num_sites if federation.virtual else federation.min_sites
         members, others = self.rounds.hello(request, expected, self._doubt)
@@ -77,6 +82,8 @@ class Stages:
             self.plan.check_sizes([one.member.num_records for one in members.values()])
         except ProtocolError as error:
             raise RoundError(str(error)) from None
+        if federation.secure_sum and not self.plan.quorum(len(members)).is_full:
+            self.rounds.setup(SetupRequest(**self._header("hello", "setup"), cohort=self.rounds.members))
         self.journal.once("hello", lambda: {"members": _facts_of(members), "others": others})
 
     def _doubt(self, answer: HelloReply) -> str | None:
@@ -94,16 +101,15 @@ class Stages:
         self.rounds.everyone_back()
         for attempt in range(1, self.plan.ballot.max_attempts + 1):
 
-            def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
-                largest = clip * self._num_buckets(cohort) + NOISE_RANGE * 2 * clip * multiplier
-                attempts = self.plan.ballot.max_attempts
-                fields = self._summed("ballot", key, cohort, multiplier, largest, attempts)
+            def ask(opening: Opening) -> tuple[Summed, Mapping[str, AnyArray]]:
+                grid = ballot_grid(self.plan, opening.cohort, len(names), multiplier)
+                fields = self._summed("ballot", opening, multiplier, grid, self.plan.ballot.max_attempts)
                 return BallotRequest(**fields, candidates=tuple(names)), {}
 
             outcome = self._sum(f"ballot/{attempt}", "query.ballot", ask, len(names), {"attempt": attempt})
             if outcome.total is not None:
-                std = self.noise_std(outcome.noise_multiplier, 2 * clip, len(outcome.members))
-                return ballot.rank(names, outcome.total, std, self._num_buckets(outcome.members))
+                std = self.noise_std(2 * clip, outcome)
+                return ballot.rank(names, outcome.total, std, self._num_buckets(outcome.survivors))
         return None
 
     def train(
@@ -113,19 +119,17 @@ class Stages:
         final = self.plan.final
         shared = self.plan.privacy.noise == "shared"
 
-        def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
-            reach = (
-                2 * self.plan.expected_batch * final.max_grad_norm if shared else self._reach_of_local_steps(multiplier, cohort)
-            )
-            noise = NOISE_RANGE * final.max_grad_norm * multiplier if shared else 0.0
-            fields = self._summed(stage, key, cohort, multiplier, reach + noise, planned)
+        def ask(opening: Opening) -> tuple[Summed, Mapping[str, AnyArray]]:
+            grid = train_grid(self.plan, opening.cohort, self._size(candidate), multiplier)
+            fields = self._summed(stage, opening, multiplier, grid, planned)
             return TrainRequest(**fields, candidate=candidate), {"vector": state.vector.astype(np.float32)}
 
         facts = {"candidate": candidate, "index": index, "of": final.num_rounds}
-        outcome = self._sum(key, "train", ask, self._size(candidate), facts)
+        robust = None if final.aggregation == "mean" else self._robust
+        outcome = self._sum(key, "train", ask, self._size(candidate), facts, robust)
         if outcome.total is None:
             return state
-        gradient = outcome.total / self.plan.expected_batch if shared else -outcome.total
+        gradient = outcome.total / self.plan.expected_batch if shared else -outcome.total * _share_of_survivors(outcome)
         return apply(state, gradient, final)
 
     def count(
@@ -155,16 +159,16 @@ class Stages:
         layout = CountLayout(len(names), self.plan.task.num_classes if detail else 0)
         vectors = {f"vector-{at}": state.vector.astype(np.float32) for at, state in enumerate(models.values())}
 
-        def ask(cohort: tuple[Member, ...], key: str) -> tuple[Summed, Mapping[str, AnyArray]]:
-            largest = 2 * self.plan.num_heldout_records + NOISE_RANGE * multiplier
-            fields = self._summed("evaluation", key, cohort, multiplier, largest, planned)
+        def ask(opening: Opening) -> tuple[Summed, Mapping[str, AnyArray]]:
+            grid = count_grid(self.plan, opening.cohort, layout.size, multiplier)
+            fields = self._summed("evaluation", opening, multiplier, grid, planned)
             return EvaluateRequest(**fields, candidates=names, detail=detail), vectors
 
         facts = {"candidates": list(names), "purpose": key, "attempt": attempt}
         outcome = self._sum(f"evaluation/{key}/{attempt}", "evaluate", ask, layout.size, facts)
         if outcome.total is None:
             return None
-        std = self.noise_std(outcome.noise_multiplier, 1.0, len(outcome.members))
+        std = self.noise_std(1.0, outcome)
         counts = layout.decode(outcome.total, std, self.plan.num_heldout_records)
         self.journal.once(f"counts/{key}", lambda: _counts_json(names, counts))
         return counts
@@ -173,7 +177,9 @@ class Stages:
         """Ask every site what its ledger says this campaign cost."""
         if self.journal.find("statements") is not None:
             return
-        answers = self.rounds.ask_all("close", "query.close", CloseRequest(**self._header("close", "close")))
+        audits = self.rounds.unshown_audits(self.rounds.member_names)
+        request = CloseRequest(**self._header("close", "close"), audits=audits)
+        answers = self.rounds.ask_all("close", "query.close", request)
         statements = {site: answer.model_dump() for site, answer in sorted(answers.items()) if self._is_sound(answer)}
         self.journal.record("statements", statements)
 
@@ -187,6 +193,19 @@ class Stages:
             log.warning("a statement lists a release that this version cannot account for")
             return False
 
+    def check_rings(self, names: Sequence[str], ballot_multiplier: float, training_multiplier: float) -> None:
+        """Whether the sums to come fit into a ring, before anything is spent on one.
+
+        Raises:
+            PlanError: one does not.
+        """
+        cohort = self.rounds.members
+        ballot_grid(self.plan, cohort, len(names), ballot_multiplier)
+        for name in names:
+            train_grid(self.plan, cohort, self._size(name), training_multiplier)
+        counted = CountLayout(1, self.plan.task.num_classes).size
+        count_grid(self.plan, cohort, counted, final_counts_noise_multiplier(self.plan, {}, last_attempt=True))
+
     def start(self, candidate: str) -> OptimizerState:
         """The head that every fine-tune of ``candidate`` starts from."""
         return OptimizerState.start(self._size(candidate))
@@ -199,12 +218,20 @@ class Stages:
                 self._asked[entry.value["partition"]][entry.value["event"]] += entry.value["count"]
         return Counter(self._asked[partition])
 
-    def noise_std(self, multiplier: float, sensitivity: float, cohort_size: int) -> float:
-        """Standard deviation of the noise on an opened sum: every member's share is in it, also the colluders'."""
-        return multiplier * sensitivity * math.sqrt(cohort_size / self.plan.noise_parties(cohort_size))
+    def noise_std(self, sensitivity: float, outcome: Outcome) -> float:
+        """Standard deviation of the noise on an opened sum: every survivor's share is in it, also the colluders'."""
+        parties = self.plan.noise_parties(len(outcome.members))
+        return outcome.noise_multiplier * sensitivity * math.sqrt(len(outcome.survivors) / parties)
 
-    def _sum(self, key: str, route: str, ask: Ask, size: int, facts: Json) -> Outcome:
-        return self.rounds.secure_sum(key, route, ask, size, lambda request: self._cost(request) | facts)
+    def _sum(self, key: str, route: str, ask: Ask, size: int, facts: Json, robust: Combine | None = None) -> Outcome:
+        return self.rounds.secure_sum(key, route, ask, size, lambda request: self._cost(request) | facts, robust)
+
+    def _robust(self, singles: Mapping[str, Floats], cohort: Sequence[Member]) -> Floats:
+        """One change from single ones, as if it were the sum of the survivors' weighted ones."""
+        declared = {one.site: one.num_records for one in cohort}
+        whole = sum(declared.values())
+        changes = {site: vector * whole / declared[site] for site, vector in singles.items()}
+        return combine(changes, self.plan.final) * sum(declared[site] for site in singles) / whole
 
     def _cost(self, request: Summed) -> Json:
         """What this round brings the records it touches to, had every site answered every round."""
@@ -219,7 +246,7 @@ class Stages:
             "epsilon": epsilon_of(events, self.plan.privacy.delta),
         }
 
-    def _header(self, stage: Stage, key: str) -> "dict[str, str]":
+    def _header(self, stage: Stage, key: str) -> Json:
         return {
             "campaign": self.run_id,
             "plan_sha256": self.plan.sha256,
@@ -227,24 +254,18 @@ class Stages:
             "stage": stage,
         }
 
-    def _summed(
-        self, stage: Stage, key: str, cohort: tuple[Member, ...], multiplier: float, largest: float, planned: int
-    ) -> Json:
-        grid = grid_for(largest, len(cohort))
+    def _summed(self, stage: Stage, opening: Opening, multiplier: float, grid: Grid, planned: int) -> Json:
         return {
-            **self._header(stage, key),
-            "cohort": cohort,
+            **self._header(stage, opening.key),
+            "cohort": opening.cohort,
             "noise_multiplier": multiplier,
             "step_exp": grid.step_exp,
+            "ring_bits": grid.ring_bits,
             "planned_count": planned,
+            "graph_nonce": opening.graph_nonce,
+            "graph_nonces": opening.graph_nonces,
+            "audits": opening.audits,
         }
-
-    def _reach_of_local_steps(self, multiplier: float, cohort: tuple[Member, ...]) -> float:
-        """How far a head can move in a round of local steps: a bound for the ring, far from tight."""
-        final = self.plan.final
-        smallest = min(member.num_records for member in cohort) * (1 - self.plan.evaluation.holdout_fraction)
-        noise = NOISE_RANGE * multiplier / (final.sample_rate * smallest)
-        return final.local_learning_rate * final.max_grad_norm * final.local_steps * (4.0 + noise)
 
     def _num_buckets(self, cohort: Sequence[Member]) -> int:
         return sum(self.plan.num_buckets(member.num_records) for member in cohort)
@@ -260,6 +281,11 @@ class Stages:
                 raise PlanError(f"candidate {entry.name} is pinned to {entry.sha256}, found {found} installed: update one")
             pinned[entry.name] = found
         return pinned
+
+
+def _share_of_survivors(outcome: Outcome) -> float:
+    """What makes a sum of changes, weighted by declared parts of the cohort, a mean over those that are in it."""
+    return sum(one.num_records for one in outcome.members) / sum(one.num_records for one in outcome.survivors)
 
 
 def _facts_of(members: Mapping[str, HelloReply]) -> Json:

@@ -1,33 +1,60 @@
-"""One real site with two peers that are only keys, and the operator who asks: enough for every request there is."""
+"""One real site with peers that are only keys, and the operator who asks: enough for every request there is.
+
+A round is `uploaded` by the site, and `opened` with peers that send zeros: the sum is then what the site itself had sent.
+"""
 
 import csv
+import hashlib
 import json
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from urna.client.site import ROSTER_FILE, Site, create_keys, open_site
+from urna.client.site import Site, create_keys, open_site
 from urna.models.catalogue import spec
 from urna.models.loading import artefact_sha256
 from urna.models.tuning import trainable_size
-from urna.protocol.identity import OPERATOR, Identity, Roster
+from urna.privacy.fixed_point import Grid
+from urna.privacy.ring import numbers_of
+from urna.privacy.secure_sum import (
+    Context,
+    ServerRole,
+    SiteRole,
+    alive_digest,
+    burnt_statement,
+    context_of,
+    segments_of,
+    upload_of,
+)
+from urna.protocol.identity import OPERATOR, ROSTER_FILE, Identity, Roster
 from urna.protocol.messages import (
+    AbortRequest,
+    AnswerOfSite,
     AnyArray,
     AnyReply,
     AnyRequest,
+    Audit,
     BallotRequest,
+    Burnt,
     CloseRequest,
     Envelope,
     EvaluateRequest,
     HelloReply,
     HelloRequest,
+    Masked,
     Member,
     Message,
+    Summed,
     TrainRequest,
+    Unmasked,
+    UnmaskRequest,
     open_reply,
     open_request,
     seal,
@@ -37,6 +64,7 @@ from urna.protocol.plan import Plan
 NAME, CANARY = "site-1", "canary-7f3a"
 CANDIDATES = ("pixels", "autoencoder")
 NUM_CLASSES, NUM_RECORDS = 3, 60
+NONCE = "0e" * 32  # of sparse graphs
 PLAN: dict[str, Any] = {
     "name": "clinic",
     "task": {"num_classes": NUM_CLASSES},
@@ -87,6 +115,26 @@ def write_config(folder: Path, **policy: Any) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Round:
+    """A round that the site uploaded for, as the operator sees it."""
+
+    request: Envelope
+    reply: Envelope
+    context: Context
+
+    @property
+    def id(self) -> str:
+        return self.context.round_id
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return self.context.names
+
+    def without(self, *names: str) -> tuple[str, ...]:
+        return tuple(name for name in self.all if name not in names)
+
+
 @dataclass
 class Clinic:
     """The site in ``folder`` and all who may talk to it."""
@@ -101,11 +149,11 @@ class Clinic:
     own: Member | None = None
 
     @staticmethod
-    def build(folder: Path, plan: Plan | None = None, **policy: Any) -> "Clinic":
+    def build(folder: Path, plan: Plan | None = None, num_peers: int = 2, **policy: Any) -> "Clinic":
         identity = create_keys(folder, NAME)
         write_records(folder / "records.csv")
         write_config(folder, **policy)
-        operator, peers = a_signer(OPERATOR), [a_signer("site-2"), a_signer("site-3")]
+        operator, peers = a_signer(OPERATOR), [a_signer(f"site-{number}") for number in range(2, 2 + num_peers)]
         keys = {one.name: one.public_key_hex for one in (identity, *peers)}
         roster = Roster(operator=operator.public_key_hex, sites=keys)
         (folder / ROSTER_FILE).write_text(roster.model_dump_json(), encoding="utf-8")
@@ -120,7 +168,8 @@ class Clinic:
 
     def hello_request_model(self, **changes: Any) -> HelloRequest:
         models = {entry.name: artefact_sha256(entry.name) for entry in self.plan.candidates}
-        extra = {"plan_json": self.plan.model_dump_json(), "models": models}
+        commitment = hashlib.sha256(bytes.fromhex(NONCE)).hexdigest()
+        extra = {"plan_json": self.plan.model_dump_json(), "models": models, "graph_commitment": commitment}
         return HelloRequest(**(self.fields("hello", "hello") | extra | changes))
 
     def hello_request(self, **changes: Any) -> Envelope:
@@ -142,7 +191,7 @@ class Clinic:
         return reply
 
     def cohort(self, **changes: Any) -> tuple[Member, ...]:
-        """The three members; the peers' round keys are made once."""
+        """All members; the peers' round keys are made once."""
         if self.own is None:
             self.hello()
         assert self.own is not None
@@ -155,6 +204,7 @@ class Clinic:
 
     def summed(self, request_id: str, stage: str, **changes: Any) -> dict[str, Any]:
         base: dict[str, Any] = {"noise_multiplier": 10.0, "step_exp": -14, "cohort": changes.get("cohort") or self.cohort()}
+        base["graph_nonce"] = NONCE
         return self.fields(request_id, stage) | base | changes
 
     def ballot(self, request_id: str = "ballot/1", **changes: Any) -> Envelope:
@@ -169,11 +219,93 @@ class Clinic:
         fields = self.summed(request_id, "evaluation", **({"candidates": ("pixels",), "detail": True} | changes))
         return self.sealed(EvaluateRequest(**fields), {"vector-0": a_head("pixels") if vector is None else vector})
 
-    def close(self) -> Envelope:
-        return self.sealed(CloseRequest(**self.fields("close", "close")))
+    def close(self, audits: Sequence[Audit] = (), request_id: str = "close") -> Envelope:
+        return self.sealed(CloseRequest(**self.fields(request_id, "close", audits=tuple(audits))))
+
+    def unmask(
+        self, one: Round | str, alive: Sequence[str] | None = None, request_id: str = "unmask", **changes: Any
+    ) -> Envelope:
+        """Asks for what opens a round, of all its members if no list is given."""
+        alive = (one.all if isinstance(one, Round) else ()) if alive is None else tuple(alive)
+        round_id = one.id if isinstance(one, Round) else one
+        fields = self.fields(f"{round_id}/{request_id}", "ballot", round_id=round_id, alive=alive, **changes)
+        return self.sealed(UnmaskRequest(**fields))
+
+    def abort(self, one: Round | str, request_id: str = "abort") -> Envelope:
+        round_id = one.id if isinstance(one, Round) else one
+        return self.sealed(AbortRequest(**self.fields(f"{round_id}/{request_id}", "ballot", round_id=round_id)))
+
+    # ---- rounds of the secure sum
+
+    def identity(self, name: str) -> Identity:
+        return next(one for one in (self.site.identity, *self.peers) if one.name == name)
+
+    def uploaded(self, request: Envelope) -> Round:
+        """The site must take part."""
+        reply = self.site.handle(request)
+        said = open_reply(reply, self.site.roster, NAME, request)
+        assert isinstance(said, Masked), said
+        summed = self.read(request)
+        assert isinstance(summed, Summed)
+        size = 8 * sum(map(len, segments_of(reply.arrays))) // summed.ring_bits
+        return Round(request, reply, context_of(summed, self.plan, size, request.sha256))
+
+    def unmasked(self, one: Round, alive: Sequence[str] | None = None) -> Unmasked:
+        """The site must answer the list."""
+        reply = self.ask(self.unmask(one, alive))
+        assert isinstance(reply, Unmasked), reply
+        return reply
+
+    def aborted(self, one: Round | str) -> Burnt:
+        """The site must give the round up."""
+        reply = self.ask(self.abort(one))
+        assert isinstance(reply, Burnt), reply
+        return reply
+
+    def opened(self, one: Round, silent: Iterable[str] = ()) -> npt.NDArray[np.int64]:
+        """Opens a round with peers that send zeros: the site's own numbers, in units of the grid."""
+        context, server = one.context, ServerRole(one.context)
+        names = [peer.name for peer in self.peers if peer.name not in set(silent)]
+        roles = {name: SiteRole(name, self.keys[name], self.campaign, 2) for name in names}
+        for name, role in roles.items():
+            server.add(name, role.upload(context, numbers_of(context.ring.zeros(context.size))))
+        server.add(NAME, upload_of(one.reply.arrays))
+        alive = server.close()
+        server.answer(NAME, self.site.handle(self.unmask(one, alive)).arrays["pads"])
+        for name, role in roles.items():
+            server.answer(name, role.unmask(context, alive))
+        units = Grid(0, 1, context.ring_bits).from_ring(server.total()[0])
+        return np.asarray(units, dtype=np.int64)
+
+    def answer(self, name: str, one: Round, alive: Sequence[str] | None = None) -> AnswerOfSite:
+        """What a member signs when it answers a list."""
+        digest = alive_digest(one.context, one.all if alive is None else alive)
+        return AnswerOfSite(alive_sha256=digest.hex(), signature=self.identity(name).sign("alive", digest).hex())
+
+    def burnt(self, name: str, one: Round, alive: Sequence[str] | None = None, uploaded: bool = True) -> AnswerOfSite:
+        """What a member signs when it gives a round up; without a list: that it had answered none."""
+        digest = "" if alive is None else alive_digest(one.context, alive).hex()
+        statement = burnt_statement(one.id, one.context.digest.hex() if uploaded else "", digest)
+        return AnswerOfSite(alive_sha256=digest, signature=self.identity(name).sign("burnt", statement).hex())
+
+    def audit(self, one: Round, alive: Sequence[str] | None = None, signers: Sequence[str] | None = None) -> Audit:
+        """Of an opened round: the list, signed by all who are on it or by some."""
+        alive = one.all if alive is None else tuple(alive)
+        answers = {name: self.answer(name, one, alive) for name in (alive if signers is None else signers)}
+        return Audit(round_id=one.id, alive=alive, answers=answers)
+
+    def given_up(self, one: Round, answers: dict[str, AnswerOfSite] | None = None) -> Audit:
+        """Of a round that was given up, with what members said of it."""
+        return Audit(round_id=one.id, alive=(), answers=answers or {})
 
     def log(self) -> str:
         return (self.folder / "site.log").read_text("utf-8")
+
+    def restarted(self) -> "Clinic":
+        """The site's folder as the next process finds it on the disk: a copy, so that nothing of this one is left."""
+        folder = self.folder.with_name(f"{self.folder.name}-again")
+        shutil.copytree(self.folder, folder)
+        return Clinic(folder, open_site(folder), self.operator, self.peers, self.plan, self.campaign, self.keys, self.own)
 
     def reopened(self) -> "Clinic":
         """The same site as another process would open it."""
@@ -184,3 +316,9 @@ class Clinic:
 
 def a_head(candidate: str) -> AnyArray:
     return np.zeros(trainable_size(spec(candidate).feature_dim, NUM_CLASSES), np.float32)
+
+
+def five_sites(folder: Path, policy: dict[str, Any] | None = None, **sections: Any) -> Clinic:
+    """A site with four peers."""
+    federation = {"num_records": 5 * NUM_RECORDS} | sections.pop("federation", {})
+    return Clinic.build(folder, a_plan(federation=federation, **sections), num_peers=4, **(policy or {}))

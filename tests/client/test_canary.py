@@ -10,9 +10,9 @@ import pytest
 from tests.client.clinic import CANARY
 from tests.simulator import Federation
 from urna import embedded
-from urna.client.site import DATA_KEY_FILE, IDENTITY_FILE
-from urna.embedded import OPERATOR_KEY_FILE, SITES_DIR
+from urna.client.site import DATA_KEY_FILE
 from urna.models.pretrain import pretrain
+from urna.protocol.identity import IDENTITY_FILE, OPERATOR_KEY_FILE, SITES_DIR
 from urna.protocol.plan import Plan
 from urna.server.journal import Journal
 
@@ -69,7 +69,8 @@ def test_the_campaign_finished_and_the_canaries_were_there(campaign: Federation)
     journal = Journal.read(campaign.run_dir)
     assert journal.find("finished") is not None
     journal.close()
-    assert len(campaign.wire) == 2 * 3 * 7  # requests and replies of 3 sites: hello, ballot, 2 rounds, 2 counts, close
+    # requests and replies of 3 sites: hello, ballot, 2 rounds and 2 counts of two exchanges each, close
+    assert len(campaign.wire) == 2 * 3 * (1 + 5 * 2 + 1)
     for site in campaign.sites:
         assert CANARY in (site.folder / "records.csv").read_text()
         assert all(one.startswith(CANARY) for one in site.split_records(0.2)[0].ids)

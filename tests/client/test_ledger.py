@@ -9,8 +9,10 @@ import pytest
 from tests.client import crash_points
 from tests.client.crash_points import EVENT, PROCESSES, RELEASES, REPLY, a_release
 from urna.client.ledger import CampaignRow, Ledger
+from urna.client.round_store import KeptRound
 from urna.client.site import create_keys
 from urna.privacy.accounting import epsilon_of_rows, gaussian, gaussian_delta
+from urna.privacy.secure_sum import Progress
 from urna.protocol.errors import LedgerError, ProtocolError
 from urna.protocol.messages import SpentRow
 
@@ -177,8 +179,9 @@ def test_a_restored_older_copy_is_detected(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_cut_off_is_detected(path: Path) -> None:
+    """But for the unused space of the last page, which holds nothing."""
     content = path.read_bytes()
-    for size in range(1, len(content), 1024):
+    for size in range(1, len(content) - 4096, 1024):
         path.write_bytes(content[:size])
         with pytest.raises(LedgerError, match=r"cannot be used|the ledger's file was altered"):
             Ledger.open(path)
@@ -201,6 +204,84 @@ def test_a_flipped_bit_never_makes_a_ledger_say_less(path: Path) -> None:
         except LedgerError:
             detected += 1
     assert detected > 10  # the others hit unused space or what a campaign keeps
+
+
+OLD_SCHEMA = """
+CREATE TABLE campaign (
+    campaign TEXT PRIMARY KEY, request_sha256 TEXT NOT NULL, plan_json TEXT NOT NULL, models_json TEXT NOT NULL,
+    round_key BLOB NOT NULL, reply BLOB NOT NULL
+) STRICT;
+CREATE TABLE release (
+    seq INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, request_sha256 TEXT NOT NULL, campaign TEXT NOT NULL,
+    stage TEXT NOT NULL, partition TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL CHECK (count > 0),
+    reserved_at REAL NOT NULL, link TEXT NOT NULL, reply BLOB, reply_link TEXT CHECK ((reply IS NULL) = (reply_link IS NULL))
+) STRICT;
+"""
+
+
+@pytest.fixture
+def old_path(path: Path, tmp_path: Path) -> Path:
+    """The same ledger as a site had it before the secure sum's rounds were kept: two tables, one column less."""
+    old = tmp_path / "old.sqlite"
+    connection = sqlite3.connect(old, isolation_level=None)
+    connection.executescript(OLD_SCHEMA)
+    connection.execute("ATTACH ? AS new", (str(path),))
+    columns = "campaign, request_sha256, plan_json, models_json, round_key, reply"
+    connection.execute(f"INSERT INTO campaign SELECT {columns} FROM new.campaign")
+    connection.execute("INSERT INTO release SELECT * FROM new.release")
+    connection.close()
+    return old
+
+
+def test_a_ledger_of_the_schema_before_is_migrated_without_losing_a_row(path: Path, old_path: Path) -> None:
+    before, tables = Ledger.open(path), "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
+    for _ in range(2):  # and again
+        after = Ledger.open(old_path)
+        assert after.rows() == before.rows()
+        assert after.campaign("run-1") == before.campaign("run-1")
+        for number in range(1, 5):
+            assert after.find(f"run-1/ballot/{number}", SHA) == before.find(f"run-1/ballot/{number}", SHA)
+        assert after._db.execute(tables).fetchall() == before._db.execute(tables).fetchall()
+        after.close()
+
+
+def test_a_migrated_ledger_goes_on(old_path: Path) -> None:
+    ledger = Ledger.open(old_path)
+    kept = ledger.campaign("run-1")
+    assert kept is not None
+    assert kept.graph_commitment == ""
+    row = CampaignRow("run-2", SHA, "{}", {}, bytes(32), b"hello", "ab" * 32)
+    assert ledger.join(row) == row
+    ledger.reserve(a_release("run-1/ballot/9"))
+    ledger.settle("run-1/ballot/9", REPLY)
+    ledger.rounds.keep("run-2/ballot/1", KeptRound("run-2", None, Progress("ab" * 32)))
+    ledger.close()
+    again = Ledger.open(old_path)
+    assert again.campaign("run-2") == row
+    assert again.find("run-1/ballot/9", SHA) == REPLY
+    assert again.rounds.progress("run-2") == {"run-2/ballot/1": Progress("ab" * 32)}
+
+
+def test_an_altered_ledger_of_the_schema_before_is_refused(old_path: Path) -> None:
+    alter(old_path, f"UPDATE release SET event = '{gaussian(99.0)}' WHERE seq = 2")
+    with pytest.raises(LedgerError, match="altered at row 2"):
+        Ledger.open(old_path)
+
+
+@pytest.mark.parametrize("kind", ["altered", "empty", "another database"])
+def test_a_file_that_is_refused_is_not_written_to(old_path: Path, kind: str) -> None:
+    """It is evidence, or it belongs to someone else."""
+    if kind == "altered":
+        alter(old_path, f"UPDATE release SET event = '{gaussian(99.0)}' WHERE seq = 2")
+    else:
+        old_path.unlink()
+        old_path.touch()
+    if kind == "another database":
+        sqlite3.connect(old_path, isolation_level=None).execute("CREATE TABLE recipes (name TEXT)")
+    content = old_path.read_bytes()
+    with pytest.raises(LedgerError):
+        Ledger.open(old_path)
+    assert old_path.read_bytes() == content
 
 
 def test_an_unknown_event_is_refused_before_it_is_written(path: Path) -> None:

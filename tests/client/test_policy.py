@@ -41,7 +41,7 @@ def test_every_reason_is_given_at_once() -> None:
         federation={"min_sites": 2},
         candidates=[{"name": "vit"}, {"name": "cnn"}],
     )
-    policy = a_policy(candidates=["cnn"])
+    policy = a_policy(candidates=["cnn"], threshold_fraction=0.75)
     already = (spent(gaussian(1.0)),)
     denial = admit_plan(policy, plan, already)
     left = 8.0 - epsilon_of([gaussian(1.0)], policy.delta)
@@ -52,9 +52,31 @@ def test_every_reason_is_given_at_once() -> None:
             "delta: the plan asks 0.001, this site allows at most 0.0001",
             "cohort: the plan opens sums of 2 sites, this site asks for 3",
             "noise: the plan bears 0 colluders, this site asks 1",
+            "threshold: 0.667 of holders open sums, 0.75 here",
             "candidates: not allowed at this site: vit",
         )
     )
+
+
+def test_the_safe_choice_is_the_default() -> None:
+    policy = a_policy()
+    assert policy.secure_sum_required
+    assert policy.threshold_fraction == 2 / 3
+    assert policy.max_unproven_aborts == 3
+
+
+def test_single_releases_are_refused_unless_the_policy_allows_them() -> None:
+    plan = a_plan(privacy={"noise": "local"}, federation={"secure_sum": False})
+    assert admit_plan(a_policy(), plan, ()) == Denial(
+        ("secure sum: the plan sees single releases (federation.secure_sum = false), this site requires sums",)
+    )
+    assert isinstance(admit_plan(a_policy(secure_sum_required=False), plan, ()), Grant)
+
+
+@pytest.mark.parametrize(("asked", "here", "fine"), [(2 / 3, 2 / 3, True), (0.8, 0.7, True), (0.7, 0.8, False), (1, 1, True)])
+def test_a_plan_may_ask_more_holders_than_the_policy_and_not_fewer(asked: float, here: float, fine: bool) -> None:
+    verdict = admit_plan(a_policy(threshold_fraction=here), a_plan(federation={"threshold_fraction": asked}), ())
+    assert isinstance(verdict, Grant) == fine
 
 
 def test_an_overspent_site_says_that_nothing_is_left_and_no_negative_number() -> None:
@@ -77,6 +99,10 @@ def test_a_plan_at_the_limits_is_granted() -> None:
         ("delta", 0.0),
         ("delta", 1.0),
         ("min_cohort", 1),
+        ("threshold_fraction", 0.5),
+        ("threshold_fraction", 1.01),
+        ("max_unproven_aborts", -1),
+        ("secure_sum_required", 2),
         ("epsilon_budget", 3.0),
     ],
 )

@@ -106,20 +106,20 @@ class LoopbackFederation:
         path.with_suffix(".key.pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
         return path
 
-    def join(self, member: str, site_dir: Path) -> None:
-        """Register a SuperNode's key and start it for the site in ``site_dir``."""
+    def join(self, member: str, site_dir: Path, node_config: str = "") -> None:
+        """Register a SuperNode's key and start it for the site in ``site_dir``; ``node_config`` is added to that."""
         key = self.create_key(member)
         self.flwr("supernode", "register", str(key.with_suffix(".key.pub")), NAME)
-        self.start_supernode(member, key, site_dir)
+        self.start_supernode(member, key, site_dir, node_config)
 
-    def start_supernode(self, member: str, key: Path, site_dir: Path) -> "subprocess.Popen[bytes]":
+    def start_supernode(self, member: str, key: Path, site_dir: Path, node_config: str = "") -> "subprocess.Popen[bytes]":
         """Start a SuperNode, whether or not its key is registered."""
         return self.start(
             member,
             "flower-supernode",
             *("--superlink", f"127.0.0.1:{self.port}", "--root-certificates", str(self.ca)),
             *("--auth-supernode-private-key", str(key)),
-            *("--node-config", f'site-dir="{site_dir}"'),
+            *("--node-config", f'site-dir="{site_dir}" {node_config}'.strip()),
             *("--host", "127.0.0.1", "--port", str(free_ports(1)[0])),
         )
 

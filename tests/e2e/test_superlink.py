@@ -17,12 +17,13 @@ import pytest
 import urna
 from tests.e2e.superlink import NAME, LoopbackFederation, federation
 from urna.client.ledger import Ledger
-from urna.client.site import LEDGER_FILE, LOG_FILE
-from urna.embedded import OPERATOR_KEY_FILE, ROSTER_FILE, SITES_DIR, prepare
+from urna.client.local_log import LOG_FILE
+from urna.client.site import LEDGER_FILE
+from urna.embedded import prepare
 from urna.models.pretrain import pretrain
 from urna.privacy.accounting import epsilon_of_rows
 from urna.protocol.errors import BadInputError, RunError, UrnaError
-from urna.protocol.identity import Roster
+from urna.protocol.identity import OPERATOR_KEY_FILE, ROSTER_FILE, SITES_DIR, Roster
 from urna.protocol.messages import Statement
 from urna.protocol.plan import Plan
 from urna.server.deployed import APP_DIR, begin_deployed, launch

@@ -355,7 +355,14 @@ PLAN = Plan.model_validate(
 
 
 def test_every_kind_of_request_has_its_price() -> None:
-    shared = {"campaign": "c", "plan_sha256": "0" * 64, "cohort": (), "noise_multiplier": 2.0, "step_exp": -9}
+    shared = {
+        "campaign": "c",
+        "plan_sha256": "0" * 64,
+        "cohort": (),
+        "noise_multiplier": 2.0,
+        "step_exp": -9,
+        "graph_nonce": "0" * 64,
+    }
     ballot = BallotRequest.model_validate(shared | {"request_id": "b", "stage": "ballot", "candidates": ("a", "b")})
     train = TrainRequest.model_validate(shared | {"request_id": "t", "stage": "final", "candidate": "a"})
     evaluate = {"request_id": "e", "stage": "evaluation", "candidates": ("a",), "detail": True}
@@ -366,7 +373,14 @@ def test_every_kind_of_request_has_its_price() -> None:
 
 def test_a_new_kind_of_request_is_not_free() -> None:
     request = Summed.model_validate(
-        {"campaign": "c", "plan_sha256": "0" * 64, "cohort": (), "noise_multiplier": 2.0, "step_exp": -9}
+        {
+            "campaign": "c",
+            "plan_sha256": "0" * 64,
+            "cohort": (),
+            "noise_multiplier": 2.0,
+            "step_exp": -9,
+            "graph_nonce": "0" * 64,
+        }
         | {"request_id": "n", "stage": "final"}
     )
     with pytest.raises(ValueError, match="no release is known for a Summed"):

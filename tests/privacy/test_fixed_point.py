@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from urna.privacy.fixed_point import RING_HALF, Grid, exact_squared_norms, grid_for
+from urna.privacy.fixed_point import Grid, exact_squared_norms, grid_for
+from urna.privacy.ring import RING_BITS, Ring
 from urna.protocol.errors import ProtocolError
 
 exponents = st.integers(-60, 30)
@@ -112,14 +113,14 @@ def test_squared_norms_are_exact(rows: list[list[int]]) -> None:
     assert exact_squared_norms(np.array(rows)).tolist() == [sum(value * value for value in row) for row in rows]
 
 
-@given(st.integers(1, 2**16), st.sampled_from([1, -1]))
-def test_ring_capacity_boundaries(num_summands: int, sign: int) -> None:
+@given(st.integers(1, 2**15 - 1), st.sampled_from([1, -1]), st.sampled_from(RING_BITS))
+def test_ring_capacity_boundaries(num_summands: int, sign: int, bits: int) -> None:
     """As many summands as agreed, all at the bound, are read back exactly; the next integer would not fit."""
-    grid = Grid(0, num_summands)
+    grid = Grid(0, num_summands, bits)
     part = grid.to_ring(np.array([sign * grid.bound]))
-    total = part * np.uint32(num_summands)
+    total = grid.ring.reduce(part * part.dtype.type(num_summands))
     assert grid.from_ring(total).tolist() == [float(sign * grid.bound * num_summands)]
-    assert num_summands * grid.bound <= RING_HALF - 1 < num_summands * (grid.bound + 1)
+    assert num_summands * grid.bound <= grid.ring.half - 1 < num_summands * (grid.bound + 1)
 
 
 def test_one_unit_more_than_the_bound_would_wrap() -> None:
@@ -144,21 +145,23 @@ def test_clamping_does_not_raise_the_sensitivity(pair: list[int], num_summands: 
     assert abs(one - other) <= abs(pair[0] - pair[1])
 
 
-@given(st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=5))
-def test_the_ring_is_arithmetic_modulo_2_to_the_32_whatever_the_size(values: list[int]) -> None:
-    grid = Grid(0, 5)
-    total = sum((grid.to_ring(np.array([value])) for value in values), np.zeros(1, np.uint32))
-    assert int(total[0]) == sum(values) % 2**32
+@given(st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=5), st.sampled_from(RING_BITS))
+def test_the_ring_is_arithmetic_modulo_a_power_of_two_whatever_the_size(values: list[int], bits: int) -> None:
+    grid = Grid(0, 5, bits)
+    total = sum((grid.to_ring(np.array([value])) for value in values), grid.ring.zeros(1))
+    assert int(grid.ring.reduce(total)[0]) == sum(values) % 2**bits
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(-30, 0), st.integers(0, 2**32 - 1))
-def test_the_sum_over_the_ring_is_the_plain_sum_but_for_rounding(p: int, sites: int, step_exp: int, seed: int) -> None:
-    grid = Grid(step_exp, sites)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(-30, 0), st.integers(0, 2**32 - 1), st.sampled_from(RING_BITS))
+def test_the_sum_over_the_ring_is_the_plain_sum_but_for_rounding(
+    p: int, sites: int, step_exp: int, seed: int, bits: int
+) -> None:
+    grid = Grid(step_exp, sites, bits)
     reach = grid.bound * grid.step
     vectors = np.random.default_rng(seed).uniform(-reach, reach, (sites, p))
-    total = sum((grid.to_ring(grid.quantise(one)) for one in vectors), np.zeros(p, np.uint32))
-    error = np.abs(grid.from_ring(total) - vectors.sum(axis=0))
+    total = sum((grid.to_ring(grid.quantise(one)) for one in vectors), grid.ring.zeros(p))
+    error = np.abs(grid.from_ring(grid.ring.reduce(total)) - vectors.sum(axis=0))
     assert (error <= sites * grid.step / 2 * (1 + 1e-6)).all()
 
 
@@ -168,10 +171,10 @@ def test_a_vector_of_zeros_or_of_huge_numbers_goes_on_the_grid_without_a_warning
     assert grid.from_ring(grid.to_ring(grid.quantise(np.array([1e300, 0.0])))).tolist() == [grid.bound * grid.step, 0.0]
 
 
-@given(st.floats(1e-6, 1e8), st.integers(1, 1000))
-def test_the_grid_for_a_sum_is_the_finest_that_holds_it(largest_sum: float, num_summands: int) -> None:
-    grid = grid_for(largest_sum, num_summands)
-    part = (RING_HALF - 1) // num_summands
+@given(st.floats(1e-6, 1e8), st.integers(1, 1000), st.sampled_from(RING_BITS))
+def test_the_grid_for_a_sum_is_the_finest_that_holds_it(largest_sum: float, num_summands: int, bits: int) -> None:
+    grid = grid_for(largest_sum, num_summands, bits)
+    part = (Ring(bits).half - 1) // num_summands
     assert largest_sum / grid.step <= part * (1 + 1e-12)
     assert largest_sum / (grid.step / 2) > part * (1 - 1e-12)
 
@@ -185,3 +188,13 @@ def test_a_sum_without_a_size_has_no_grid(value: float) -> None:
 def test_a_sum_beyond_every_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="step_exp must be -60 to 30"):
         grid_for(1e30, 3)
+
+
+def test_a_ring_without_room_for_its_summands_is_refused() -> None:
+    assert Grid(0, 2**15 - 1, 16).bound == 1
+    with pytest.raises(ValueError, match="a ring of 16 bits has no room for 32768 summands: use a wider one"):
+        Grid(0, 2**15, 16)
+    with pytest.raises(ValueError, match="a ring of 16 bits has no room for 32768 summands: use a wider one"):
+        grid_for(1.0, 2**15, 16)
+    with pytest.raises(ValueError, match="ring_bits must be 16, 24 or 32, found 20"):
+        Grid(0, 2, 20)

@@ -1,345 +1,480 @@
-"""Statistical tests here fail by chance in about one of a million runs each; keys and masks have no seed."""
+"""Rounds of the secure sum: sums, dropouts, who may take part, and one vector and one list a round."""
 
-import hashlib
-import hmac
-import json
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
-from urna.privacy.fixed_point import Ring
-from urna.privacy.mechanisms import key_stream, random_bytes
-from urna.privacy.secure_sum import CHUNK, Context, ServerRole, SiteRole, add_mask, check_cohort
-from urna.protocol.errors import ProtocolError
-from urna.protocol.identity import Identity
+from tests.privacy.secure_sum_cohort import (
+    CAMPAIGN,
+    ROUND,
+    Cohort,
+    changed_contexts,
+    context_of,
+    expected_total,
+    fill_of,
+    in_ring,
+    key_of,
+    member,
+    seeds_of,
+)
+from tests.privacy.secure_sum_properties import second_lists_are_refused
+from urna.privacy import secure_sum
+from urna.privacy.fixed_point import Grid, Rounding
+from urna.privacy.ring import Ring
+from urna.privacy.secure_sum import ServerRole, SiteRole, check_cohort, opened_items
+from urna.protocol.errors import NonFiniteError, ProtocolError, ReplayError
 from urna.protocol.messages import Member
+from urna.protocol.quorum import Quorum
 
-ALPHA = 1e-6
-CAMPAIGN, PARAMETERS = "c-1", "ab" * 32
-
-
-class Group:
-    """Sites with their round keys, and the context of one round of all of them."""
-
-    def __init__(self, count: int) -> None:
-        self.names = [f"site-{number}" for number in range(1, count + 1)]
-        self.keys = {name: X25519PrivateKey.generate() for name in self.names}
-        self.members = tuple(member(name, self.keys[name]) for name in self.names)
-        self.context = Context(CAMPAIGN, f"{CAMPAIGN}/round-1", self.members, PARAMETERS)
-
-    def role(self, name: str, min_cohort: int = 2) -> SiteRole:
-        return SiteRole(name, self.keys[name], min_cohort)
-
-    def mask(self, name: str, vector: Ring, context: Context | None = None) -> Ring:
-        return self.role(name).mask(vector, context or self.context)
+BITS = [16, 24, 32]
+FOUR = context_of(4)
 
 
-def member(name: str, key: X25519PrivateKey, campaign: str = CAMPAIGN) -> Member:
-    identity = Identity(name, Ed25519PrivateKey.generate())
-    return Member.create(identity, campaign, key.public_key().public_bytes_raw().hex(), 100)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 9])
+def test_the_server_opens_the_plain_sum(count: int, bits: int) -> None:
+    cohort = Cohort(context_of(count, size=count + 1, ring_bits=bits))
+    total, _ = cohort.round().total()
+    assert total.tolist() == expected_total(cohort.context, cohort.context.names)
 
 
-def uniform_ring(size: int) -> Ring:
-    return np.frombuffer(random_bytes(4 * size), np.uint32).copy()
+@pytest.mark.parametrize("bits", BITS)
+def test_random_vectors_of_several_chunks_are_summed_in_the_ring(bits: int) -> None:
+    size, rng = 150_000, np.random.default_rng(5)
+    cohort = Cohort(context_of(4, size=size, ring_bits=bits))
+    ring, server = cohort.context.ring, cohort.server()
+    vectors = {name: rng.integers(0, 2**bits, size, dtype=np.uint64) for name in cohort.context.names}
+    for name in cohort.context.names[1:]:
+        server.add(name, cohort.upload(name, in_ring(ring, vectors[name])))
+    cohort.ask(server, server.close())
+    plain = sum((vectors[name] for name in cohort.context.names[1:]), np.zeros(size, np.uint64)) % np.uint64(2**bits)
+    np.testing.assert_array_equal(server.total()[0], plain)
 
 
-def looks_uniform(ring: Ring) -> bool:
-    """Chi-square over the 256 values of every one of the four bytes; false alarm 2e-6 for each byte."""
-    for byte in ring.view(np.uint8).reshape(-1, 4).T:
-        counts = np.bincount(byte, minlength=256)
-        statistic = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
-        if not stats.chi2.ppf(ALPHA, 255) < statistic < stats.chi2.isf(ALPHA, 255):
-            return False
-    return True
+def test_an_empty_vector_with_scalars_is_summed() -> None:
+    cohort = Cohort(context_of(3, size=0, num_scalars=2))
+    total, scalars = cohort.round().total()
+    assert total.tolist() == []
+    assert scalars.tolist() == [15, 15]
 
 
-GROUP = Group(4)
+@pytest.mark.parametrize("silent", list(itertools.combinations(range(7), 2)), ids=str)
+def test_sites_that_never_upload_are_left_out(silent: tuple[int, ...]) -> None:
+    cohort = Cohort(context_of(7))
+    names = cohort.context.names
+    server = cohort.round(silent=[names[at] for at in silent])
+    assert server.total()[0].tolist() == expected_total(
+        cohort.context, [name for at, name in enumerate(names) if at not in silent]
+    )
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(2, 4), st.integers(0, 40), st.integers(0, 2**32 - 1))
-def test_the_server_opens_the_plain_sum(count: int, size: int, seed: int) -> None:
-    members = GROUP.members[:count]
-    context = replace(GROUP.context, cohort=members)
-    vectors = np.random.default_rng(seed).integers(0, 2**32, (count, size), dtype=np.uint32)
-    server = ServerRole([one.site for one in members], size)
-    for one, vector in zip(members, vectors, strict=True):
-        server.add(one.site, GROUP.mask(one.site, vector, context))
-    np.testing.assert_array_equal(server.total(), vectors.sum(axis=0, dtype=np.uint32))
+@pytest.mark.parametrize("mute", list(itertools.combinations(range(7), 2)), ids=str)
+def test_sites_that_leave_between_upload_and_unmask_are_still_counted(mute: tuple[int, ...]) -> None:
+    cohort = Cohort(context_of(7))
+    names = cohort.context.names
+    server = cohort.round(mute=[names[at] for at in mute])
+    assert server.is_open
+    assert server.total()[0].tolist() == expected_total(cohort.context, names)
 
 
-@pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
-def test_vectors_of_any_length_are_summed(size: int) -> None:
-    group = Group(3)
-    server = ServerRole(reversed(group.names), size)
-    vectors = {name: uniform_ring(size) for name in group.names}
-    for name in group.names:
-        server.add(name, group.mask(name, vectors[name]))
-    np.testing.assert_array_equal(server.total(), sum(vectors.values(), np.zeros(size, np.uint32)))
+def test_sites_may_leave_at_both_points_of_one_round() -> None:
+    cohort = Cohort(context_of(10))
+    names = cohort.context.names
+    server = cohort.round(silent=names[:2], mute=names[9:])
+    assert server.answered == frozenset(names[2:9])
+    assert server.total()[0].tolist() == expected_total(cohort.context, names[2:])
 
 
-def test_mask_uniform_chi2() -> None:
-    """What the server sees of one site is uniform, even where its vector is all zeros; false alarm 8e-6."""
-    assert looks_uniform(GROUP.mask("site-1", np.zeros(400_000, np.uint32)))
+def test_the_sum_opens_with_the_last_answer_that_is_needed() -> None:
+    """Sites that leave while they are asked: whoever answered counts, in whatever order."""
+    cohort = Cohort(context_of(7))
+    server = cohort.received()
+    alive = server.close()
+    for number, name in enumerate(reversed(alive), start=1):
+        server.answer(name, cohort.roles[name].unmask(cohort.context, alive))
+        assert server.is_open == (number >= cohort.context.quorum.threshold)
+    assert server.total()[0].tolist() == expected_total(cohort.context, alive)
 
 
-def test_the_uniformity_test_sees_a_mask_of_31_bits_and_a_missing_one() -> None:
-    assert not looks_uniform(uniform_ring(400_000) >> np.uint32(1))
-    assert not looks_uniform(np.full(400_000, 7, np.uint32))
+def test_one_answer_too_few_opens_nothing() -> None:
+    cohort = Cohort(context_of(7))
+    names = cohort.context.names
+    server = cohort.round(mute=names[:3])
+    assert len(server.answered) == cohort.context.quorum.threshold - 1
+    assert not server.is_open
+    with pytest.raises(RuntimeError, match="the sum opens with 5 answers, found 4"):
+        server.total()
 
 
-def test_the_vector_is_not_changed_in_place() -> None:
-    vector = np.arange(10, dtype=np.uint32)
-    masked = GROUP.mask("site-2", vector)
-    assert vector.tolist() == list(range(10))
-    assert not np.array_equal(masked, vector)
+@pytest.mark.parametrize("count", [64, 200])
+def test_a_sparse_graph_survives_the_loss_of_sites_at_both_exchanges(count: int) -> None:
+    """Every ninth site never uploads; of the others three holders upload and never answer."""
+    cohort = Cohort(context_of(count, size=count, num_scalars=1))
+    assert not cohort.context.quorum.is_full
+    names = cohort.context.names
+    holders = [names[at] for at in cohort.context.graph.holders]
+    spare = len(holders) - cohort.context.quorum.threshold - 3
+    silent = [name for name in names[::9] if name not in holders[spare:]]
+    mute = holders[-3:]
+    server = cohort.round(silent, mute)
+    alive = [name for name in names if name not in silent]
+    assert len(server.answered) >= cohort.context.quorum.threshold
+    total, scalars = server.total()
+    assert total.tolist() == expected_total(cohort.context, alive)
+    assert scalars.tolist() == [5 * len(alive)]
 
 
-OTHER = Group(4)
-CHANGED_CONTEXTS = {
-    "campaign": replace(GROUP.context, campaign="c-2"),
-    "round": replace(GROUP.context, round_id=f"{CAMPAIGN}/round-2"),
-    "parameters": replace(GROUP.context, parameters="ab" * 31 + "ac"),
-    "a member less": replace(GROUP.context, cohort=GROUP.members[:3]),
-    "a member's key": replace(GROUP.context, cohort=(*GROUP.members[:3], OTHER.members[3])),
-    "a member's name": replace(GROUP.context, cohort=(*GROUP.members[:3], member("site-5", GROUP.keys["site-4"]))),
-}
+def test_a_cohort_just_above_the_limit_of_full_graphs_is_summed() -> None:
+    cohort = Cohort(context_of(34, size=34))
+    assert cohort.context.quorum.degree == 32
+    silent = cohort.context.names[3:8]
+    server = cohort.round(silent)
+    assert server.total()[0].tolist() == expected_total(cohort.context, [n for n in cohort.context.names if n not in silent])
 
 
-def pair_mask(one: SiteRole, peer: Member, context: Context) -> Ring:
-    """The mask between two sites alone."""
-    mask = np.zeros(8, np.uint32)
-    add_mask(mask, one._edge_seed(peer, context.campaign, context.digest()), negative=False)
-    return mask
+def test_two_rounds_with_the_same_keys_are_summed() -> None:
+    cohort = Cohort(context_of(4))
+    for number in (1, 2, 3):
+        cohort.context = replace(cohort.context, round_id=f"{CAMPAIGN}/round-{number}")
+        server = cohort.round(silent=cohort.context.names[number : number + 1])
+        assert sum(server.total()[0].tolist()) == 3
 
 
-@pytest.mark.parametrize("part", CHANGED_CONTEXTS)
-def test_every_part_of_the_context_changes_every_mask(part: str) -> None:
-    """Also of pairs that are not concerned; equal by chance with probability 2**-256."""
-    changed = CHANGED_CONTEXTS[part]
-    assert changed.digest() != GROUP.context.digest()
-    for name, peer in [("site-1", 1), ("site-1", 2), ("site-2", 2), ("site-2", 0)]:
-        role = GROUP.role(name)
-        before, after = (pair_mask(role, GROUP.members[peer], one) for one in (GROUP.context, changed))
-        assert not np.any(before == after) or (before == after).sum() < 3
+def test_uploads_in_any_order_give_one_sum() -> None:
+    context = context_of(4, size=4)
+    cohort = Cohort(context)
+    uploads = cohort.upload_all()
+    answers = {name: cohort.roles[name].unmask(context, context.names) for name in context.names}
+    for order in itertools.permutations(context.names):
+        server = ServerRole(context)
+        for name in order:
+            server.add(name, uploads[name])
+        server.close()
+        for name in order[::-1]:
+            server.answer(name, answers[name])
+        assert server.total()[0].tolist() == [1, 1, 1, 1]
 
 
-def test_the_order_of_the_cohort_changes_nothing() -> None:
-    again = replace(GROUP.context, cohort=GROUP.members[::-1])
-    zeros = np.zeros(8, np.uint32)
-    np.testing.assert_array_equal(GROUP.mask("site-1", zeros), GROUP.mask("site-1", zeros, again))
+SCALARS = [
+    ([0, 0, 0], 0),
+    ([1, 2, 3], 6),
+    ([2**63, 2**63, 7], 7),
+    ([2**64 - 1, 1, 0], 0),
+    ([-1, -2, -3], 2**64 - 6),
+    ([-1, 5, 0], 4),
+    ([-(2**63), 2**63 - 1, 0], 2**64 - 1),
+    ([2**64, 2**65, 2**64 + 9], 9),
+    ([10**12, 10**18, 10**15], 10**12 + 10**18 + 10**15),
+]
 
 
-def test_fields_of_the_context_cannot_run_into_each_other() -> None:
-    one = Context("a", "b/c", GROUP.members, "d")
-    assert one.digest() != Context("a/b", "c", GROUP.members, "d").digest()
-    assert one.digest() != Context("a", "b/cd", GROUP.members, "").digest()
+@pytest.mark.parametrize(("values", "expected"), SCALARS, ids=str)
+@pytest.mark.parametrize("silent", [False, True])
+def test_scalars_are_exact_modulo_2_to_the_64(values: list[int], expected: int, silent: bool) -> None:
+    """Also with a site that stays away, whose masks are taken off."""
+    cohort = Cohort(context_of(4, num_scalars=2))
+    server = cohort.server()
+    given = dict(zip(cohort.context.names, values if silent else [*values, 0], strict=False))
+    for name, value in given.items():
+        server.add(name, cohort.upload(name, scalars=[value, 1]))
+    cohort.ask(server, server.close())
+    assert server.total()[1].tolist() == [expected, len(given)]
 
 
-def test_masks_of_two_rounds_do_not_cancel() -> None:
-    zeros = np.zeros(50_000, np.uint32)
-    second = GROUP.mask("site-1", zeros, CHANGED_CONTEXTS["round"])
-    assert looks_uniform(GROUP.mask("site-1", zeros) - second)
-    assert looks_uniform(GROUP.mask("site-1", zeros) + second)
+@pytest.mark.parametrize("scalars", [[], [1], [1, 2, 3]])
+def test_another_number_of_scalars_than_agreed_is_an_error_of_ours(scalars: list[int]) -> None:
+    cohort = Cohort(context_of(4, num_scalars=2))
+    with pytest.raises(RuntimeError, match=f"expected 2 scalars, found {len(scalars)}"):
+        cohort.upload("site-000", scalars=scalars)
+    cohort.upload("site-000", scalars=[1, 2])  # nothing was spent
 
 
-def test_two_sites_use_one_mask_with_opposite_signs() -> None:
-    context = replace(GROUP.context, cohort=GROUP.members[:2])
-    zeros = np.zeros(100, np.uint32)
-    one, other = (GROUP.mask(name, zeros, context) for name in ("site-1", "site-2"))
-    assert np.any(one)
-    assert not np.any(one + other)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ring_capacity_boundaries(bits: int, sign: int) -> None:
+    """All sites at the bound: no wrap. One unit more at each: the sum is read back with the other sign."""
+    for count in (2, 3, 5, 7):
+        grid = Grid(0, count, bits)
+        for units, wraps in ((grid.bound, False), (grid.bound + 1, True)):
+            context = context_of(count, size=3, ring_bits=bits)
+            cohort, server = Cohort(context), ServerRole(context)
+            vector = grid.to_ring(np.full(3, sign * units))
+            for name in context.names:
+                server.add(name, cohort.upload(name, vector))
+            cohort.ask(server, server.close())
+            found = grid.from_ring(server.total()[0]).tolist()
+            assert (found == [float(sign * units * count)] * 3) != wraps or (sign < 0 and units * count == 2 ** (bits - 1))
 
 
-def independent_mask(own: X25519PrivateKey, own_name: str, peer: Member, context: Context, size: int) -> Ring:
-    """A pair's mask from the words of the protocol: X25519, HKDF by RFC 5869 (two HMACs), HMAC, AES-256-CTR."""
-    shared = own.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(peer.public_key)))
-    pairs = sorted([[own_name, own.public_key().public_bytes_raw().hex()], [peer.site, peer.public_key]])
-    info = json.dumps([context.campaign, pairs]).encode()
-    extracted = hmac.digest(b"urna-secure-sum/1", shared, "sha256")
-    pair_secret = hmac.digest(extracted, info + b"\x01", "sha256")
-    members = sorted([one.site, one.public_key] for one in context.cohort)
-    fields = json.dumps([context.campaign, context.round_id, members, context.parameters]).encode()
-    bound = hashlib.sha256(b"urna-secure-sum/1" + fields).digest()
-    stream = key_stream(hmac.digest(pair_secret, b"mask" + bound, "sha256"), 4 * size)
-    mask: Ring = np.frombuffer(stream, "<u4").astype(np.uint32)
-    return mask if own_name < peer.site else np.zeros(size, np.uint32) - mask
+def test_the_bound_is_an_integer_where_float32_would_round_it_up() -> None:
+    """2**31 - 1 is 2**31 in float32, and 2**31 wraps."""
+    assert int(np.float32(2**31 - 1)) == 2**31
+    assert Grid(0, 1, 32).bound == 2**31 - 1
+    rounding, out = Rounding(np.full(1, 3e9, np.float32), [(1, Grid(0, 1, 32))]), Ring(32).zeros(1)
+    rounding(0, out)
+    assert out.tolist() == [2**31 - 1]
+    assert Grid(0, 32, 32).bound == 2**26 - 1  # 2**26 - 1 is 2**26 in float32
 
 
-def test_masks_are_those_of_the_protocol() -> None:
-    """Computed a second time from its description; versions of the product must agree on every bit."""
-    for number, name in enumerate(GROUP.names):
-        peers = [one for index, one in enumerate(GROUP.members) if index != number]
-        expected = sum(
-            (independent_mask(GROUP.keys[name], name, peer, GROUP.context, 20) for peer in peers), np.zeros(20, np.uint32)
-        )
-        np.testing.assert_array_equal(GROUP.mask(name, np.zeros(20, np.uint32)), expected)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nonfinite_refused(bits: int, bad: float) -> None:
+    """Nothing is sent, and the round is used up: nobody can ask for it a second time with other data."""
+    cohort = Cohort(context_of(4, ring_bits=bits))
+    vector = np.array([0, 0, bad, 0, 0, 0, 0, 0])
+    with pytest.raises(NonFiniteError, match="expected finite numbers, found NaN or infinity: nothing is sent"):
+        cohort.roles["site-000"].upload(cohort.context, Rounding(vector, [(8, Grid(0, 4, bits))]))
+    with pytest.raises(ReplayError, match="was masked before"):
+        cohort.upload("site-000")
 
 
-def test_hkdf_gives_the_known_answer_of_rfc_5869() -> None:
-    derived = HKDF(SHA256(), 42, salt=bytes(range(13)), info=bytes(range(0xF0, 0xFA))).derive(b"\x0b" * 22)
-    assert derived.hex() == "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"
+STRANGE = member("site-001", "stranger")
 
 
-def test_x25519_gives_the_known_answer_of_rfc_7748() -> None:
-    """Section 6.1: Bob's private key with Alice's public key."""
-    bob = X25519PrivateKey.from_private_bytes(bytes.fromhex("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb"))
-    alice = bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a")
-    assert bob.public_key().public_bytes_raw().hex() == "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f"
-    shared = bob.exchange(X25519PublicKey.from_public_bytes(alice))
-    assert shared.hex() == "4a5d9d5ba4ce2de1728e3bf480350f25e07e21c947d19e3376f09b3c1e161742"
+@pytest.mark.parametrize("seat", ["site-000", "site-001"])
+def test_swapped_key_refused(seat: str) -> None:
+    """Of the site itself: refused at once. Of a peer: its check shows, and its upload is left out of the sum."""
+    swapped = replace(FOUR, cohort=tuple(member(seat, "stranger") if one.site == seat else one for one in FOUR.cohort))
+    if seat == "site-000":
+        with pytest.raises(ProtocolError, match=r"expected site-000 with its own round key in the cohort, found [0-9a-f]{64}"):
+            Cohort(swapped).upload("site-000")
+    else:
+        cohort, server = Cohort(FOUR), ServerRole(swapped)
+        fooled = cohort.roles["site-000"].upload(swapped, fill_of(swapped.ring.zeros(8)))
+        server.add("site-000", fooled)
+        with pytest.raises(
+            ProtocolError, match="expected site-001 and site-000 to share a seed, found two: site-001 is left out"
+        ):
+            server.add("site-001", cohort.upload("site-001"))
 
 
-def test_two_colluding_sites_and_the_server_learn_only_the_sum_of_the_other_two() -> None:
-    """They take off every mask they can compute; false alarm about 2e-5 for all bytes."""
-    size, context = 100_000, GROUP.context
-    vectors = {name: np.full(size, 1000 * number, np.uint32) for number, name in enumerate(GROUP.names, start=1)}
-    seen = {name: GROUP.mask(name, vectors[name]) for name in GROUP.names}
-    left = {}
-    for number, victim in enumerate(GROUP.names[:2]):
-        left[victim] = seen[victim].copy()
-        for colluder in GROUP.names[2:]:
-            left[victim] += independent_mask(GROUP.keys[colluder], colluder, GROUP.members[number], context, size)
-    total = left["site-1"] + left["site-2"]
-    np.testing.assert_array_equal(total, vectors["site-1"] + vectors["site-2"])  # they do learn this
-    assert looks_uniform(left["site-1"])
-    assert looks_uniform(left["site-2"])
-
-
-def test_three_colluding_sites_of_four_do_learn_the_fourth() -> None:
-    """The other side of the last test: it would notice a mask that the colluders can take off."""
-    size = 1000
-    vector = np.arange(size, dtype=np.uint32)
-    left = GROUP.mask("site-1", vector)
-    for colluder in GROUP.names[1:]:
-        left += independent_mask(GROUP.keys[colluder], colluder, GROUP.members[0], GROUP.context, size)
-    np.testing.assert_array_equal(left, vector)
-
-
-ZEROS = np.zeros(4, np.uint32)
-
-
-def test_a_context_is_masked_once() -> None:
-    role = GROUP.role("site-1")
-    role.mask(ZEROS, GROUP.context)
-    with pytest.raises(RuntimeError, match="a round is masked once: answer a repeated request with the stored bytes"):
-        role.mask(ZEROS + np.uint32(1), GROUP.context)
-    role.mask(ZEROS, CHANGED_CONTEXTS["round"])
-
-
-def test_a_context_in_another_order_is_the_same_context() -> None:
-    role = GROUP.role("site-1")
-    role.mask(ZEROS, GROUP.context)
-    with pytest.raises(RuntimeError, match="a round is masked once"):
-        role.mask(ZEROS, replace(GROUP.context, cohort=GROUP.members[::-1]))
+def test_two_sites_whose_keys_are_swapped_are_refused() -> None:
+    cohort = (member("site-000", "site-001"), member("site-001", "site-000"), *FOUR.cohort[2:])
+    for name in ("site-000", "site-001"):
+        with pytest.raises(ProtocolError, match=f"expected {name} with its own round key in the cohort"):
+            Cohort(replace(FOUR, cohort=cohort)).upload(name)
 
 
 @pytest.mark.parametrize(
     ("cohort", "message"),
     [
-        ((), "expected a cohort of at least 3 sites, found 0"),
-        (GROUP.members[:1], "expected a cohort of at least 3 sites, found 1"),
-        (GROUP.members[:2], "expected a cohort of at least 3 sites, found 2"),
-        (GROUP.members[1:], "expected site-1 with its own round key in the cohort, found neither"),
-        ((OTHER.members[0], *GROUP.members[1:]), "expected site-1 with its own round key in the cohort, found [0-9a-f]{64}"),
-        ((*GROUP.members, GROUP.members[1]), "expected each site and key once, found duplicates among"),
-        ((*GROUP.members, OTHER.members[1]), "expected each site and key once, found duplicates among"),
-        ((*GROUP.members, member("site-5", GROUP.keys["site-2"])), "expected each site and key once, found duplicates among"),
-        ((*GROUP.members[:2], GROUP.members[1]), "expected each site and key once, found duplicates among"),
+        ((*FOUR.cohort[:3], FOUR.cohort[1]), "expected each site and key once, found duplicates among"),
+        ((*FOUR.cohort[:3], STRANGE), "expected each site and key once, found duplicates among"),
+        ((*FOUR.cohort[:3], member("site-009", "site-001")), "expected each site and key once, found duplicates among"),
+        ((*FOUR.cohort, FOUR.cohort[1]), "expected each site and key once, found duplicates among"),
+        (FOUR.cohort[:3], "expected a cohort of at least 4 sites, found 3"),
+        ((), "expected a cohort of at least 4 sites, found 0"),
+        ((*FOUR.cohort, member("site-004")), "expected 4 sites, found 5"),
     ],
-    ids=["nobody", "alone", "two", "without me", "my key altered", "doubled", "name twice", "key twice", "padded"],
+    ids=["doubled", "name twice", "key twice", "padded", "one less", "nobody", "one more"],
 )
-def test_a_cohort_that_would_open_less_than_agreed_is_refused(cohort: tuple[Member, ...], message: str) -> None:
+def test_duplicates_do_not_count(cohort: tuple[Member, ...], message: str) -> None:
+    """A cohort that would open less than agreed cannot even be written down."""
     with pytest.raises(ProtocolError, match=message):
-        GROUP.role("site-1", min_cohort=3).mask(ZEROS, replace(GROUP.context, cohort=cohort))
+        replace(FOUR, cohort=cohort)
+
+
+def test_duplicates_in_an_alive_list_do_not_count() -> None:
+    cohort = Cohort(FOUR)
+    cohort.upload_all()
+    for alive in (["site-000"] * 4, ["site-000", "site-001", "site-001"], ["site-000", "site-000", "site-001", "site-002"]):
+        with pytest.raises(ProtocolError, match="expected a sorted list of different members of the cohort"):
+            cohort.roles["site-000"].unmask(FOUR, alive)
+
+
+def test_unknown_identity_refused() -> None:
+    """In a cohort without this site, in an alive list, as sender of an upload, as sender of an answer."""
+    cohort, server = Cohort(FOUR), ServerRole(FOUR)
+    stranger = SiteRole("site-009", key_of("site-009"), CAMPAIGN, 2)
+    with pytest.raises(ProtocolError, match="expected site-009 with its own round key in the cohort, found neither"):
+        stranger.upload(FOUR, fill_of(FOUR.ring.zeros(8)))
+    uploads = cohort.upload_all()
+    for alive in (("site-000", "site-001", "site-009"), (*FOUR.names, "site-009")):
+        with pytest.raises(ProtocolError, match="found duplicates or strangers"):
+            cohort.roles["site-000"].unmask(FOUR, alive)
+    with pytest.raises(ProtocolError, match="found a second or a foreign one from 'site-009'"):
+        server.add("site-009", uploads["site-000"])
+    for name, upload in uploads.items():
+        server.add(name, upload)
+    alive = server.close()
+    with pytest.raises(ProtocolError, match="expected one answer of each alive holder, found a second or a foreign one"):
+        server.answer("site-009", cohort.roles["site-000"].unmask(FOUR, alive))
+
+
+def test_another_campaign_is_refused() -> None:
+    role = SiteRole("site-000", key_of("site-000"), "c-2", 2)
+    with pytest.raises(ProtocolError, match="expected site-000 with its own round key in the cohort"):
+        role.upload(FOUR, fill_of(FOUR.ring.zeros(8)))
+
+
+def test_cohort_below_policy_refused() -> None:
+    """At upload: too few members, or sums of too few survivors. At unmask: too few of them alive."""
+    with pytest.raises(ProtocolError, match="expected a cohort of at least 5 sites, found 4"):
+        Cohort(FOUR, min_cohort=5).upload("site-000")
+    with pytest.raises(ProtocolError, match="expected sums of at least 4 survivors, found 3"):
+        Cohort(FOUR, min_cohort=4).upload("site-000")
+    cohort = Cohort(context_of(7))
+    cohort.upload_all()
+    role = cohort.restart("site-000", min_cohort=7)  # the policy was tightened since
+    with pytest.raises(ProtocolError, match="expected at least 7 of 7 sites alive, found 6"):
+        role.unmask(cohort.context, cohort.context.names[:6])
+    role.unmask(cohort.context, cohort.context.names)
 
 
 @pytest.mark.parametrize("min_cohort", [-1, 0, 1])
 def test_no_policy_lets_a_site_be_summed_alone(min_cohort: int) -> None:
     with pytest.raises(ProtocolError, match="expected a cohort of at least 2 sites, found 1"):
-        GROUP.role("site-1", min_cohort).mask(ZEROS, replace(GROUP.context, cohort=GROUP.members[:1]))
-
-
-def test_a_swapped_key_of_a_peer_leaves_noise_and_no_sum() -> None:
-    """Site 2 is shown another key of site 1 than site 1 has: nothing opens, least of all site 1's vector."""
-    context = replace(GROUP.context, cohort=(OTHER.members[0], *GROUP.members[1:]))
-    server = ServerRole(GROUP.names, 50_000)
-    vector = np.zeros(50_000, np.uint32)
-    for name in GROUP.names:
-        server.add(name, GROUP.mask(name, vector, GROUP.context if name == "site-1" else context))
-    assert looks_uniform(server.total())
+        check_cohort(FOUR.cohort[:1], max(2, min_cohort))
+    with pytest.raises(ValueError, match="expected at least two honest sites beside 0 colluding ones, found 1"):
+        Quorum(1, 0, 0, 1, 1, 1)
+    cohort = Cohort(context_of(2), min_cohort=min_cohort)
+    cohort.upload_all()
+    with pytest.raises(ProtocolError, match="expected at least 2 of 2 sites alive, found 1"):
+        cohort.roles["site-000"].unmask(cohort.context, ["site-000"])
 
 
 @pytest.mark.parametrize("point", ["00" * 32, "01" + "00" * 31, "ecff" + "ff" * 29 + "7f"])
-def test_a_key_that_makes_the_secret_known_to_all_is_refused(point: str) -> None:
-    weak = GROUP.members[1].model_copy(update={"public_key": point})
-    context = replace(GROUP.context, cohort=(GROUP.members[0], weak, *GROUP.members[2:]))
-    with pytest.raises(ProtocolError, match="expected an X25519 key of site-2, found a low-order point"):
-        GROUP.mask("site-1", ZEROS, context)
+@pytest.mark.parametrize("count", [4, 40])
+def test_a_key_that_makes_the_secret_known_to_all_is_refused_and_the_round_not_used_up(point: str, count: int) -> None:
+    """Of any peer: in a sparse graph also of a holder that is no neighbour, or a neighbour that is no holder."""
+    good = context_of(count)
+    site, own = good.names[0], 0
+    holders, around = set(good.graph.holders) - {own}, set(good.graph.neighbours(own))
+    chosen = {min(around | holders), *sorted(holders - around)[:1], *sorted(around - holders)[:1]}
+    cohort = Cohort(good)
+    for at in sorted(chosen):
+        weak = good.cohort[at].model_copy(update={"public_key": point})
+        context = replace(good, cohort=(*good.cohort[:at], weak, *good.cohort[at + 1 :]))
+        with pytest.raises(ProtocolError, match=f"expected an X25519 key of {weak.site}, found a low-order point"):
+            cohort.roles[site].upload(context, fill_of(context.ring.zeros(context.size)))
+        assert cohort.roles[site].progress == {}
+    cohort.upload(site)
 
 
-def test_the_server_adds_each_member_once() -> None:
-    server = ServerRole(["site-1", "site-2"], 4)
-    server.add("site-1", ZEROS)
-    with pytest.raises(
-        ProtocolError, match="expected one vector of each member, found a second or a foreign one from 'site-1'"
-    ):
-        server.add("site-1", ZEROS)
-    with pytest.raises(ProtocolError, match="found a second or a foreign one from 'site-3'"):
-        server.add("site-3", ZEROS)
-    assert server.missing == {"site-2"}
+def test_a_key_written_in_another_way_gives_other_masks() -> None:
+    """X25519 ignores the top bit: a member that registers another's key with this bit set gains nothing."""
+    same_point = bytearray.fromhex(FOUR.keys["site-001"])
+    same_point[31] |= 0x80
+    twin = FOUR.cohort[2].model_copy(update={"public_key": same_point.hex()})
+    context = replace(FOUR, cohort=(*FOUR.cohort[:2], twin, FOUR.cohort[3]))
+    cohort = Cohort(context)
+    seeds = seeds_of(cohort, "site-000", cohort.upload("site-000"))
+    assert len(set(seeds)) == 4
 
 
-@pytest.mark.parametrize(
-    ("vector", "message"),
-    [
-        (np.zeros(5, np.uint32), r"expected uint32 of shape \(4,\) from site-1, found uint32 of \(5,\)"),
-        (np.zeros((), np.uint32), r"found uint32 of \(\)"),
-        (np.zeros(1, np.uint32), r"found uint32 of \(1,\)"),
-        (np.zeros((1, 4), np.uint32), r"found uint32 of \(1, 4\)"),
-        (np.zeros(4, np.float32), r"found float32 of \(4,\)"),
-        (np.zeros(4, np.int32), r"found int32 of \(4,\)"),
-        (np.zeros(4, np.uint64), r"found uint64 of \(4,\)"),
-    ],
-)
-def test_a_vector_of_another_form_is_refused_and_changes_nothing(vector: Ring, message: str) -> None:
-    server = ServerRole(["site-1"], 4)
-    with pytest.raises(ProtocolError, match=message):
-        server.add("site-1", vector)
-    server.add("site-1", ZEROS + np.uint32(3))
-    assert server.total().tolist() == [3] * 4
+def test_both_shares_refused_in_one_request() -> None:
+    """A site is in a list or not: for no site does one answer hold its self seed and an edge of it as of a dead one."""
+    context = context_of(7)
+    for alive in itertools.combinations(context.names, 5):
+        items = opened_items(context, alive)
+        living = {item.dealer for item in items if item.peer is None}
+        dead = {item.peer for item in items if item.peer is not None}
+        assert living == {context.index[name] for name in alive}
+        assert not living & dead
+        assert len(set(items)) == len(items)
+    cohort = Cohort(context)
+    cohort.upload_all()
+    twice = [*context.names, context.names[0]]
+    with pytest.raises(ProtocolError, match="expected a sorted list of different members of the cohort, found duplicates"):
+        cohort.roles["site-001"].unmask(context, twice)
 
 
-def test_nothing_is_read_before_all_have_delivered() -> None:
-    server = ServerRole(["site-1", "site-2", "site-3"], 4)
-    for name in ("site-1", "site-2"):
-        server.add(name, ZEROS)
-    with pytest.raises(RuntimeError, match=r"opens when all have delivered; missing: \['site-3'\]"):
-        server.total()
+def test_both_shares_refused_in_two_requests() -> None:
+    cohort = Cohort(context_of(7))
+    cohort.upload_all()
+    role, names = cohort.roles["site-003"], cohort.context.names
+    role.unmask(cohort.context, names)
+    with pytest.raises(ReplayError, match="round c-1/round-1 was given up, or answered for another alive list or context"):
+        role.unmask(cohort.context, names[:6])
+    assert second_lists_are_refused(secure_sum, restart=False)
 
 
-def test_the_total_is_a_copy() -> None:
-    server = ServerRole(["site-1"], 4)
-    server.add("site-1", ZEROS)
-    server.total()[:] = 9
-    assert server.total().tolist() == [0] * 4
+def test_both_shares_refused_across_a_restart() -> None:
+    assert second_lists_are_refused(secure_sum, restart=True)
 
 
-def test_without_one_member_the_rest_is_noise() -> None:
-    """Nothing can be read from an incomplete sum; false alarm 8e-6."""
-    partial = np.zeros(100_000, np.uint32)
-    for name in GROUP.names[:3]:
-        partial += GROUP.mask(name, np.zeros(100_000, np.uint32))
-    assert looks_uniform(partial)
+def test_the_same_list_is_answered_again_with_the_same_pads() -> None:
+    cohort = Cohort(context_of(7))
+    cohort.upload_all()
+    first = cohort.roles["site-003"].unmask(cohort.context, cohort.context.names[:6])
+    again = cohort.restart("site-003").unmask(cohort.context, cohort.context.names[:6])
+    np.testing.assert_array_equal(first, again)
 
 
-def test_check_cohort_gives_the_keys_by_name() -> None:
-    assert check_cohort(GROUP.members, 4) == {one.site: one.public_key for one in GROUP.members}
+def test_a_refused_list_spends_nothing() -> None:
+    cohort = Cohort(context_of(7))
+    cohort.upload_all()
+    role, before = cohort.roles["site-003"], dict(cohort.roles["site-003"].progress)
+    for alive in (cohort.context.names[:4], cohort.context.names[:3] + cohort.context.names[4:], cohort.context.names[::-1]):
+        with pytest.raises(ProtocolError):
+            role.unmask(cohort.context, alive)
+    assert role.progress == before
+    role.unmask(cohort.context, cohort.context.names)
+
+
+def test_replayed_round_refused() -> None:
+    """A second vector in one round would open the difference: in no context, nor after a restart."""
+    cohort = Cohort(FOUR)
+    cohort.upload("site-000")
+    for _ in range(2):
+        for context in (FOUR, replace(FOUR, request_sha256="cd" * 32), replace(FOUR, size=9)):
+            with pytest.raises(
+                ReplayError, match=f"round {ROUND} was masked before: a second vector would open the difference"
+            ):
+                cohort.roles["site-000"].upload(context, fill_of(context.ring.zeros(context.size)))
+        cohort.restart("site-000")
+    cohort.roles["site-000"].upload(replace(FOUR, round_id="c-1/round-2"), fill_of(FOUR.ring.zeros(8)))
+
+
+def test_an_unmask_of_another_context_than_was_uploaded_for_is_refused() -> None:
+    cohort = Cohort(context_of(5))
+    cohort.upload_all()
+    for changed in changed_contexts(context_of(5)).values():
+        if changed.round_id == ROUND and changed.campaign == CAMPAIGN:
+            with pytest.raises(ReplayError, match="was given up, or answered for another alive list or context"):
+                cohort.roles["site-000"].unmask(changed, changed.names)
+
+
+def test_an_unmask_before_an_upload_is_refused() -> None:
+    cohort = Cohort(FOUR)
+    with pytest.raises(ProtocolError, match=f"expected an unmask after an upload of {ROUND}, found none of site-000"):
+        cohort.roles["site-000"].unmask(FOUR, FOUR.names)
+
+
+def test_a_site_that_uploaded_does_not_answer_a_list_without_itself() -> None:
+    cohort = Cohort(context_of(7))
+    cohort.upload_all()
+    with pytest.raises(ProtocolError, match="expected site-006, which uploaded, among the alive, found it dead: refused"):
+        cohort.roles["site-006"].unmask(cohort.context, cohort.context.names[:6])
+
+
+def test_a_site_without_shares_is_not_asked() -> None:
+    cohort = Cohort(context_of(40, size=2))
+    outside = next(name for at, name in enumerate(cohort.context.names) if at not in cohort.context.graph.holders)
+    cohort.upload(outside)
+    with pytest.raises(ProtocolError, match=f"expected a holder of shares, found {outside}"):
+        cohort.roles[outside].unmask(cohort.context, cohort.context.names)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_burnt_round_is_never_unmasked(restart: bool, answered: bool) -> None:
+    cohort = Cohort(FOUR)
+    cohort.upload_all()
+    if answered:
+        cohort.roles["site-000"].unmask(FOUR, FOUR.names)
+    cohort.roles["site-000"].burn(ROUND)
+    role = cohort.restart("site-000") if restart else cohort.roles["site-000"]
+    with pytest.raises(ReplayError, match="was given up"):
+        role.unmask(FOUR, FOUR.names)
+
+
+def test_a_round_burnt_before_its_upload_is_never_masked() -> None:
+    cohort = Cohort(FOUR)
+    cohort.roles["site-000"].burn(ROUND)
+    with pytest.raises(ReplayError, match="was masked before"):
+        cohort.upload("site-000")
+    with pytest.raises(ReplayError, match="was given up"):
+        cohort.roles["site-000"].unmask(FOUR, FOUR.names)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from urna.protocol.errors import SignatureError, SiteConfigError
-from urna.protocol.identity import OPERATOR, Identity, Roster, create_identity, load_identity, load_roster, verify
+from urna.protocol.identity import (
+    OPERATOR,
+    Identity,
+    Roster,
+    create_consortium,
+    create_identity,
+    load_identity,
+    load_roster,
+    verify,
+)
 
 # RFC 8032, section 7.1, test 2
 RFC_SECRET = bytes.fromhex("4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb")
@@ -178,3 +187,40 @@ def test_a_roster_is_read_and_cannot_be_changed(tmp_path: Path) -> None:
     assert roster.key_of(OPERATOR) == OPERATOR_IDENTITY.public_key_hex
     with pytest.raises(ValidationError, match="frozen"):
         roster.operator = K3  # type: ignore[misc]
+
+
+def test_a_consortium_has_all_keys_and_one_roster(tmp_path: Path) -> None:
+    names = ["site-1", "hospital-a"]
+    roster = create_consortium(tmp_path / "group", names)
+    assert list(roster.sites) == names
+    assert load_roster(tmp_path / "group" / "roster.json") == roster
+    operator = load_identity(OPERATOR, tmp_path / "group" / "operator.key")
+    assert operator.public_key_hex == roster.operator
+    for name in names:
+        folder = tmp_path / "group" / "sites" / name
+        assert load_identity(name, folder / "identity.key").public_key_hex == roster.sites[name]
+        assert load_roster(folder / "roster.json") == roster
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    keys = list((tmp_path / "group").rglob("*.key"))
+    assert len(keys) == 3
+    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
+
+
+def test_a_consortium_is_never_made_over_another(tmp_path: Path) -> None:
+    create_consortium(tmp_path, ["site-1", "site-2"])
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SiteConfigError, match=r"operator\.key.* exist: keys are made once; choose another folder"):
+        create_consortium(tmp_path, ["site-3", "site-4"])
+    (tmp_path / "operator.key").unlink()
+    (tmp_path / "roster.json").unlink()
+    with pytest.raises(SiteConfigError, match="exist: keys are made once"):
+        create_consortium(tmp_path, ["site-2", "site-3"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.items() <= kept.items()
+    assert not (tmp_path / "sites" / "site-3").exists()
+
+
+@pytest.mark.parametrize("names", [[], ["operator"], ["site-1", "site-1"], ["Site 1"], ["../site-1"]], ids=str)
+def test_names_that_make_no_consortium_write_nothing(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(SiteConfigError, match=r"expected different names of sites|make no consortium"):
+        create_consortium(tmp_path / "group", names)
+    assert not (tmp_path / "group").exists()

@@ -16,11 +16,18 @@ from pydantic import ValidationError
 from urna.protocol.errors import FailureCode, ProtocolError, SignatureError
 from urna.protocol.identity import OPERATOR, Identity, Roster
 from urna.protocol.messages import (
+    ARRAY_TYPES,
     ARRAYS_LIMIT,
     BODY_LIMIT_BYTES,
     RAW,
+    AbortRequest,
+    AnswerOfSite,
     AnyArray,
+    AnyReply,
+    AnyRequest,
+    Audit,
     BallotRequest,
+    Burnt,
     CloseRequest,
     Envelope,
     EvaluateRequest,
@@ -34,6 +41,8 @@ from urna.protocol.messages import (
     SpentRow,
     Statement,
     TrainRequest,
+    Unmasked,
+    UnmaskRequest,
     from_record,
     open_reply,
     open_request,
@@ -63,29 +72,47 @@ def train_request(round_number: int = 1) -> TrainRequest:
         noise_multiplier=1.5,
         step_exp=-20,
         planned_count=40,
+        graph_nonce=SHA,
         candidate="cnn",
     )
 
 
 REQUEST = seal(OPERATOR_IDENTITY, train_request(), {"vector": HEAD})
-REPLY = seal(ONE, Masked(request_sha256=REQUEST.sha256), {"masked": np.arange(5, dtype=np.uint32)})
+UPLOAD: dict[str, AnyArray] = {
+    "segment-000000": np.arange(5, dtype=np.uint8),
+    "scalars": np.arange(2, dtype=np.uint64),
+    "shares": np.zeros((1, 1, 2), np.uint8),
+}
+REPLY = seal(ONE, Masked(request_sha256=REQUEST.sha256), UPLOAD)
+ANSWER, SILENT = (AnswerOfSite(alive_sha256=digest, signature="0" * 128) for digest in (SHA, ""))
+AUDITS = (
+    Audit(round_id="c/b", alive=("site-1", "site-2"), answers={"site-1": ANSWER}),
+    Audit(round_id="c/a", alive=(), answers={"site-2": SILENT}),
+)
 
-REQUESTS: list[HelloRequest | BallotRequest | TrainRequest | EvaluateRequest | CloseRequest] = [
-    HelloRequest(campaign="c", plan_sha256=SHA, request_id="c/h", stage="hello", plan_json="{}", models={"cnn": SHA}),
+REQUESTS: list[AnyRequest] = [
+    HelloRequest(
+        campaign="c", plan_sha256=SHA, request_id="c/h", stage="hello", plan_json="{}", models={"cnn": SHA},
+        graph_commitment=SHA,
+    ),
     BallotRequest(
         campaign="c", plan_sha256=SHA, request_id="c/b", stage="ballot", cohort=(MEMBER,), noise_multiplier=0.1, step_exp=-60,
-        candidates=("a", "b"),
+        candidates=("a", "b"), graph_nonce=SHA, audits=AUDITS,
     ),
     train_request(),
     EvaluateRequest(
         campaign="c", plan_sha256=SHA, request_id="c/e", stage="evaluation", cohort=(), noise_multiplier=3, step_exp=30,
-        candidates=("a",), detail=True,
+        candidates=("a",), detail=True, graph_nonce=SHA,
     ),
-    CloseRequest(campaign="c", plan_sha256=SHA, request_id="c/z", stage="close"),
+    UnmaskRequest(campaign="c", plan_sha256=SHA, request_id="c/b/u", stage="ballot", round_id="c/b", alive=("site-1",)),
+    AbortRequest(campaign="c", plan_sha256=SHA, request_id="c/b/a", stage="ballot", round_id="c/b"),
+    CloseRequest(campaign="c", plan_sha256=SHA, request_id="c/z", stage="close", audits=AUDITS),
 ]  # fmt: skip
-REPLIES: list[HelloReply | Masked | Statement | Refusal | Failure] = [
+REPLIES: list[AnyReply] = [
     HelloReply(request_sha256=REQUEST.sha256, urna_version="0.1", member=MEMBER),
     Masked(request_sha256=REQUEST.sha256),
+    Unmasked(request_sha256=REQUEST.sha256, answer=ANSWER),
+    Burnt(request_sha256=REQUEST.sha256, answer=SILENT),
     Statement(
         request_sha256=REQUEST.sha256,
         rows=(SpentRow(stage="final", partition="tuning", event="{}", count=2),),
@@ -97,12 +124,12 @@ REPLIES: list[HelloReply | Masked | Statement | Refusal | Failure] = [
 
 
 @pytest.mark.parametrize("message", REQUESTS, ids=lambda one: one.kind)
-def test_every_request_arrives_as_it_was_sent(message: HelloRequest) -> None:
+def test_every_request_arrives_as_it_was_sent(message: AnyRequest) -> None:
     assert open_request(seal(OPERATOR_IDENTITY, message), ROSTER, OPERATOR) == message
 
 
 @pytest.mark.parametrize("message", REPLIES, ids=lambda one: one.kind)
-def test_every_reply_arrives_as_it_was_sent(message: Masked) -> None:
+def test_every_reply_arrives_as_it_was_sent(message: AnyReply) -> None:
     assert open_reply(seal(ONE, message), ROSTER, "site-1", REQUEST) == message
 
 
@@ -132,7 +159,7 @@ POSED = f'vector", "float32", [6], "{hashlib.sha256(HEAD.tobytes()).hexdigest()}
         with_arrays(vector=altered(HEAD)),
         with_arrays(vector=HEAD[::-1]),
         with_arrays(vector=HEAD.reshape(2, 3)),
-        with_arrays(vector=HEAD.view(np.uint32)),
+        with_arrays(vector=HEAD.view(np.uint64)),
         with_arrays(vector=HEAD[:5]),
         with_arrays(vector_=HEAD),
         with_arrays(vector=HEAD, more=HEAD),
@@ -197,9 +224,9 @@ def test_a_reply_to_the_same_body_with_another_vector_is_another_reply() -> None
 
 
 def test_a_request_does_not_pass_for_a_reply_nor_a_reply_for_a_request() -> None:
-    with pytest.raises(ProtocolError, match="expected a reply of version 1 from site-1, found body: union_tag_invalid"):
+    with pytest.raises(ProtocolError, match="expected a reply of version 2 from site-1, found body: union_tag_invalid"):
         open_reply(seal(ONE, train_request()), ROSTER, "site-1", REQUEST)
-    with pytest.raises(ProtocolError, match="expected a request of version 1, found body: union_tag_invalid"):
+    with pytest.raises(ProtocolError, match="expected a request of version 2, found body: union_tag_invalid"):
         open_request(seal(OPERATOR_IDENTITY, Masked(request_sha256=SHA)), ROSTER, OPERATOR)
 
 
@@ -216,14 +243,16 @@ def raw(body: bytes) -> Envelope:
 
 
 GOOD = json.loads(REQUEST.body)
+AUDIT, GIVEN = json.loads(AUDITS[0].model_dump_json()), json.loads(ANSWER.model_dump_json())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "train.version: literal_error"),
+        ({"version": 1}, "train.version: literal_error"),
+        ({"version": 3}, "train.version: literal_error"),
         ({"version": None}, "train.version: literal_error"),
-        ({"version": "1"}, "train.version: literal_error"),
+        ({"version": "2"}, "train.version: literal_error"),
         ({"debug": True}, "train.debug: extra_forbidden"),
         ({"kind": "shell"}, "body: union_tag_invalid"),
         ({"noise_multiplier": 0}, "train.noise_multiplier: greater_than"),
@@ -232,6 +261,21 @@ GOOD = json.loads(REQUEST.body)
         ({"noise_multiplier": math.inf}, "train.noise_multiplier: finite_number"),
         ({"noise_multiplier": None}, "train.noise_multiplier: float_type"),
         ({"step_exp": 31}, "train.step_exp: less_than_equal"),
+        ({"graph_nonce": "0" * 63}, "train.graph_nonce: string_pattern_mismatch"),
+        ({"graph_nonce": None}, "train.graph_nonce: string_type"),
+        ({"audits": [{}]}, "train.audits.0.round_id: missing"),
+        ({"audits": [AUDIT | {"alive": ["A"]}]}, "train.audits.0.alive.0: string_pattern_mismatch"),
+        ({"audits": [AUDIT | {"answers": {"a": {}}}]}, "train.audits.0.answers.a.alive_sha256: missing"),
+        (
+            {"audits": [AUDIT | {"answers": {"a": GIVEN | {"signature": "00"}}}]},
+            "train.audits.0.answers.a.signature: string_pat",
+        ),
+        (
+            {"audits": [AUDIT | {"answers": {"a": GIVEN | {"alive_sha256": "x"}}}]},
+            "train.audits.0.answers.a.alive_sha256.constr",
+        ),
+        ({"audits": [AUDIT | {"answers": {str(n): GIVEN for n in range(256)}}]}, "train.audits.0.answers: too_long"),
+        ({"audits": [AUDIT] * 1001}, "train.audits: too_long"),
         ({"planned_count": 0}, "train.planned_count: greater_than_equal"),
         ({"request_id": "a\n"}, "train.request_id: string_pattern_mismatch"),
         ({"request_id": ""}, "train.request_id: string_pattern_mismatch"),
@@ -243,7 +287,7 @@ GOOD = json.loads(REQUEST.body)
     ],
 )
 def test_a_signed_request_of_another_form_is_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ProtocolError, match=f"expected a request of version 1, found {message}"):
+    with pytest.raises(ProtocolError, match=f"expected a request of version 2, found {message}"):
         open_request(raw(json.dumps(GOOD | change).encode()), ROSTER, OPERATOR)
 
 
@@ -253,7 +297,7 @@ def test_the_form_that_is_changed_above_is_otherwise_good() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"1", b"{}", b'"x"', b"[" * 100_000])
 def test_a_signed_body_that_is_no_message_is_refused(body: bytes) -> None:
-    with pytest.raises(ProtocolError, match="expected a request of version 1, found body: "):
+    with pytest.raises(ProtocolError, match="expected a request of version 2, found body: "):
         open_request(raw(body), ROSTER, OPERATOR)
 
 
@@ -271,10 +315,12 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_read() -> None:
         open_request(Envelope(OPERATOR, b"{}", b"", arrays), ROSTER, OPERATOR)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.complex64, np.bool_, object, "U3", ">f4", "datetime64[s]"])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, np.int64, np.uint32, np.int8, np.complex64, np.bool_, object, "U3", ">f4", ">u8", "datetime64[s]"]
+)
 def test_arrays_of_other_types_are_refused(dtype: str) -> None:
     array: AnyArray = np.zeros(3, dtype=dtype)
-    with pytest.raises(ProtocolError, match=r"expected arrays of float32 or uint32, found .* in 'vector'"):
+    with pytest.raises(ProtocolError, match=r"expected arrays of float32 or uint8 or uint64, found .* in 'vector'"):
         open_request(seal(OPERATOR_IDENTITY, train_request(), {"vector": array}), ROSTER, OPERATOR)
 
 
@@ -317,9 +363,10 @@ shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @st.composite
 def array_sets(draw: st.DrawFn) -> Mapping[str, AnyArray]:
-    chosen = draw(st.dictionaries(names, st.tuples(shapes, st.sampled_from(["float32", "uint32"])), max_size=3))
+    chosen = draw(st.dictionaries(names, st.tuples(shapes, st.sampled_from(ARRAY_TYPES)), max_size=3))
+    sizes = {name: np.dtype(dtype).itemsize * math.prod(shape) for name, (shape, dtype) in chosen.items()}
     return {
-        name: np.frombuffer(draw(st.binary(min_size=4 * math.prod(shape), max_size=4 * math.prod(shape))), dtype).reshape(shape)
+        name: np.frombuffer(draw(st.binary(min_size=sizes[name], max_size=sizes[name])), dtype).reshape(shape)
         for name, (shape, dtype) in chosen.items()
     }
 
@@ -384,7 +431,7 @@ def test_stored_bytes_altered_anywhere_are_never_another_message() -> None:
                 continue
             opened += 1
             assert_same(envelope, REPLY)
-    assert opened < 200  # of about 1900: letters of 128 hex digits and spaces of the padding
+    assert opened < 200  # of about 2500: letters of 128 hex digits and spaces of the padding
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -1])
@@ -432,6 +479,8 @@ class Forged:
         Forged(shape=(10**30,)),
         Forged(shape=(2**62, 2**62)),
         Forged(dtype="float64"),
+        Forged(dtype="uint32"),
+        Forged(bytes(9), shape=(1,), dtype="uint64"),
         Forged(dtype="object"),
         Forged(dtype="nonsense"),
         Forged(numpy_file((10**15,)), stype="numpy.ndarray"),
@@ -473,3 +522,45 @@ def test_the_hash_covers_body_and_arrays_but_is_not_moved_by_their_order() -> No
     other = seal(OPERATOR_IDENTITY, train_request(), {"b": HEAD[:2], "a": HEAD})
     assert one.sha256 == other.sha256
     assert len({one.sha256, REQUEST.sha256, replace(REQUEST, body=b"{}").sha256, replace(REQUEST, arrays={}).sha256}) == 4
+
+
+# ---- the secure sum
+
+
+def test_a_wire_array_is_little_endian_on_any_machine() -> None:
+    """What a masked scalar's bytes say must not depend on who reads them."""
+    record = to_record(seal(ONE, Masked(request_sha256=SHA), {"scalars": np.array([1, 2**40], np.uint64)}))
+    array = record.array_records["arrays"]["scalars"]
+    assert array.data == (1).to_bytes(8, "little") + (2**40).to_bytes(8, "little")
+    assert (array.dtype, array.stype) == ("uint64", RAW)
+
+
+def test_an_answer_says_which_list_or_that_there_was_none() -> None:
+    assert AnswerOfSite(alive_sha256="", signature="0" * 128).alive_sha256 == ""
+    for wrong in ("0", "0" * 63, "0" * 65, "G" * 64, " "):
+        with pytest.raises(ValidationError, match="alive_sha256"):
+            AnswerOfSite(alive_sha256=wrong, signature="0" * 128)
+
+
+def test_an_audit_cannot_be_changed_under_way() -> None:
+    """Who answered what is under the operator's signature, as all of a request is."""
+    sealed = seal(OPERATOR_IDENTITY, REQUESTS[1])
+    assert AUDITS[0].answers["site-1"].signature.encode() in sealed.body
+    forged = replace(sealed, body=sealed.body.replace(b'"alive":["site-1","site-2"]', b'"alive":["site-1"]'))
+    assert forged.body != sealed.body
+    with pytest.raises(SignatureError, match="expected a message signed by operator"):
+        open_request(forged, ROSTER, OPERATOR)
+
+
+def test_an_unmask_names_the_round_and_the_list() -> None:
+    fields = {"campaign": "c", "plan_sha256": SHA, "request_id": "c/u", "stage": "final"}
+    for missing in ({"round_id": "c/r"}, {"alive": ("site-1",)}, {"round_id": "c/r\n", "alive": ()}):
+        with pytest.raises(ValidationError, match="UnmaskRequest"):
+            UnmaskRequest(**fields, **missing)
+
+
+def test_a_hello_without_a_commitment_to_the_graph_is_no_hello() -> None:
+    fields = json.loads(REQUESTS[0].model_dump_json())
+    del fields["graph_commitment"]
+    with pytest.raises(ProtocolError, match=r"expected a request of version 2, found hello\.graph_commitment: missing"):
+        open_request(raw(json.dumps(fields).encode()), ROSTER, OPERATOR)

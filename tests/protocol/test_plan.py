@@ -90,7 +90,7 @@ def numeric_fields() -> list[tuple[str, ...]]:
         if isinstance(node, dict):
             for key, value in node.items():
                 visit(value, (*path, key))
-        elif isinstance(node, int | float):
+        elif isinstance(node, int | float) and not isinstance(node, bool):
             found.append(path)
 
     visit(json.loads(PLAN.model_dump_json(exclude={"candidates"})), ())
@@ -379,9 +379,10 @@ def test_what_sums_are_divided_by_is_of_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("noise", "colluding", "parties"), [("shared", 0, 5), ("shared", 2, 3), ("local", 0, 1), ("local", 2, 1)]
+    ("noise", "colluding", "parties"), [("shared", 0, 4), ("shared", 1, 3), ("shared", 2, 2), ("local", 0, 1), ("local", 2, 1)]
 )
-def test_a_share_of_the_noise_is_sized_for_the_honest_sites_only(noise: str, colluding: int, parties: int) -> None:
+def test_a_share_of_the_noise_is_sized_for_the_honest_survivors_only(noise: str, colluding: int, parties: int) -> None:
+    """Of five sites at least four are in every sum that opens."""
     text = changed("noise", f'"{noise}"', changed("max_colluding_sites", str(colluding)))
     assert parse_plan(text).noise_parties(5) == parties
 
@@ -390,3 +391,133 @@ def test_a_share_of_the_noise_is_sized_for_the_honest_sites_only(noise: str, col
 def test_a_site_has_at_least_one_bucket_and_buckets_are_of_the_declared_size(num_records: int) -> None:
     count = PLAN.num_buckets(num_records)
     assert 1 <= count <= max(1, num_records * 0.8 / 15)
+
+
+# ---- the secure sum
+
+
+def of_sites(min_sites: int = 3, privacy: dict[str, Any] | None = None, **federation: Any) -> Plan:
+    """A plan with these keys of its two sections."""
+    return Plan.model_validate(
+        {
+            "name": "x",
+            "task": {"num_classes": 2},
+            "candidates": [{"name": "a"}],
+            "privacy": {"epsilon": 1.0, "delta": 1e-5} | (privacy or {}),
+            "federation": {"min_sites": min_sites, "num_records": 100} | federation,
+            "final": {"num_rounds": 1, "sample_rate": 0.5, "learning_rate": 0.1},
+        }
+    )
+
+
+def test_the_safe_choice_is_the_default() -> None:
+    federation = of_sites().federation
+    assert federation.secure_sum
+    assert federation.ring_bits == 32
+    assert federation.max_dropouts is None
+    assert federation.threshold_fraction == 2 / 3
+    assert (PLAN.final.aggregation, PLAN.final.num_malicious_sites) == ("mean", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ring_bits = 8", "federation.ring_bits: input should be 16, 24 or 32, found 8"),
+        ("ring_bits = 64", "federation.ring_bits: input should be 16, 24 or 32, found 64"),
+        ("max_dropouts = -1", "federation.max_dropouts: input should be greater than or equal to 0, found -1"),
+        ("threshold_fraction = 0.5", "federation.threshold_fraction: input should be greater than or equal to 0.66666666"),
+        ("threshold_fraction = 1.5", "federation.threshold_fraction: input should be less than or equal to 1, found 1.5"),
+        ("secure_sum = 2", "federation.secure_sum: input should be true or false, without quotes, found 2"),
+        ("secure_sum = []", "federation.secure_sum: input should be true or false, without quotes, found []"),
+        ('secure_sum = "no"', "federation.secure_sum: input should be true or false, without quotes, found 'no'"),
+        ("secure_sums = true", "unknown key federation.secure_sums: did you mean secure_sum?"),
+    ],
+)
+def test_a_key_of_the_secure_sum_that_means_nothing_is_refused(line: str, message: str) -> None:
+    assert error_of(in_section("federation", line)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('aggregation = "best"', "final.aggregation: input should be 'mean', 'median', 'trimmed_mean', 'krum' or 'bulyan'"),
+        ("num_malicious_sites = -1", "final.num_malicious_sites: input should be greater than or equal to 0, found -1"),
+        (
+            'aggregation = "krum"',
+            (
+                'final.aggregation = "krum" compares single updates, which a secure sum never opens: use "mean", or '
+                'federation.secure_sum = false with privacy.noise = "local"'
+            ),
+        ),
+    ],
+)
+def test_an_aggregation_that_cannot_be_is_refused(line: str, message: str) -> None:
+    assert error_of(in_section("final", line)).startswith(message)
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean", "krum", "bulyan"])
+def test_an_aggregation_of_single_updates_needs_that_each_is_private_by_itself(aggregation: str) -> None:
+    text = in_section("final", f'aggregation = "{aggregation}"').replace("[federation]", "[federation]\nsecure_sum = false")
+    text = changed("num_sites", "8", changed("min_sites", "8", text))
+    assert error_of(text).startswith('federation.secure_sum = false needs privacy.noise = "local", found "shared"')
+    assert parse_plan(changed("noise", '"local"', text)).final.aggregation == aggregation
+
+
+@pytest.mark.parametrize(("aggregation", "needed"), [("median", 3), ("trimmed_mean", 3), ("krum", 5), ("bulyan", 7)])
+def test_a_robust_aggregation_of_too_few_sites_is_refused(aggregation: str, needed: int) -> None:
+    text = in_section("final", f'aggregation = "{aggregation}"').replace("[federation]", "[federation]\nsecure_sum = false")
+    text = changed("noise", '"local"', changed("max_colluding_sites", "0", changed("num_sites", "8", text)))
+    assert f"bears 1 bad sites of {needed} or more" in error_of(changed("min_sites", str(needed - 1), text))
+    assert parse_plan(changed("min_sites", str(needed), text)).final.aggregation == aggregation
+
+
+def test_without_the_secure_sum_the_noise_of_one_site_makes_its_release_private() -> None:
+    with pytest.raises(ValidationError, match=r'federation\.secure_sum = false needs privacy\.noise = "local"'):
+        of_sites(secure_sum=False)
+    plan = of_sites(secure_sum=False, privacy={"noise": "local"})
+    assert [plan.noise_parties(cohort) for cohort in (3, 10, 100)] == [1, 1, 1]
+
+
+def test_every_key_of_the_secure_sum_is_part_of_the_hash() -> None:
+    plans = [
+        of_sites(),
+        of_sites(ring_bits=16),
+        of_sites(max_dropouts=0),
+        of_sites(threshold_fraction=0.9),
+        of_sites(privacy={"noise": "local"}),
+        of_sites(privacy={"noise": "local"}, secure_sum=False),
+    ]
+    assert len({plan.sha256 for plan in plans}) == len(plans)
+
+
+def test_the_plans_keys_reach_the_quorum() -> None:
+    assert of_sites().quorum(10).threshold == 7
+    assert of_sites(threshold_fraction=0.9).quorum(10).threshold == 10
+    assert of_sites().quorum(10).min_survivors == 7
+    assert of_sites(max_dropouts=1).quorum(10).min_survivors == 9
+    assert of_sites(max_dropouts=9).quorum(10).min_survivors == 7  # more than a third is never survived
+    assert of_sites(min_sites=8).quorum(10).min_survivors == 8
+    assert of_sites(5, privacy={"max_colluding_sites": 3}).quorum(10).num_colluding == 3
+
+
+@pytest.mark.parametrize("federation", [{}, {"max_dropouts": 0}, {"max_dropouts": 2}, {"threshold_fraction": 1.0}])
+@pytest.mark.parametrize("colluding", [0, 1, 3])
+def test_noise_is_sized_for_the_survivors_that_surely_are_honest(federation: dict[str, Any], colluding: int) -> None:
+    """Never for more, or the noise of a sum would fall short of its epsilon."""
+    plan = of_sites(5, privacy={"max_colluding_sites": colluding}, **federation)
+    for cohort in range(5, 41):
+        quorum = plan.quorum(cohort)
+        assert plan.noise_parties(cohort) == quorum.noise_parties
+        assert 1 <= plan.noise_parties(cohort) <= quorum.min_survivors - colluding
+
+
+def test_a_cohort_below_the_plans_minimum_has_no_quorum() -> None:
+    with pytest.raises(ValueError, match="expected a cohort of at least 4 sites, found 3"):
+        of_sites(4).quorum(3)
+
+
+def test_with_local_noise_no_two_honest_sites_are_asked_for() -> None:
+    """A plan of local noise may say that all are colluding: then the quorum counts on as many as it can."""
+    plan = of_sites(2, privacy={"noise": "local", "max_colluding_sites": 9})
+    assert plan.quorum(3).num_colluding == 1
+    assert plan.noise_parties(3) == 1

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.simulator import Federation
+from tests.simulator import Federation, entries
 from urna.models.pretrain import pretrain
 from urna.protocol.errors import RunError
 from urna.protocol.plan import Plan, parse_plan
 from urna.server.journal import JOURNAL_FILE, Journal, Json, begin
+from urna.server.progress import describe
 from urna.server.report import Report
 from urna.server.report_page import HTML_FILE, JSON_FILE, headline, render, write_report
 from urna.server.report_reading import read_report
@@ -52,7 +53,8 @@ HOSTILE = '</title></svg><script>alert(1)</script><img src=x onerror=alert(2)> $
 
 def a_round(stage: str, epsilon: float, **facts: Any) -> Json:
     partition = "heldout" if stage == "evaluation" else "tuning"
-    base = {"cohort": ["site-1", "site-2", "site-3", "site-4"], "dropped": {}, "opened": True, "seconds": 0.5}
+    sites = ["site-1", "site-2", "site-3", "site-4"]
+    base = {"cohort": sites, "survivors": sites, "dropped": {}, "opened": True, "seconds": 0.5}
     cost = {"partition": partition, "event": GAUSSIAN, "count": 1, "noise_multiplier": 3.5, "epsilon": epsilon}
     return base | {"stage": stage} | cost | facts
 
@@ -370,4 +372,21 @@ def test_report_of_a_real_campaign_with_a_site_that_drops_out(tmp_path: Path) ->
     assert report.epsilon_spent.max is not None
     assert report.epsilon_spent.max <= report.epsilon_planned + 1e-9
     assert ("ballot/1", "site-5", "silent") in [(one.round, one.site, one.why) for one in report.dropouts]
-    assert "epsilon" in Page(write_report(tmp_path / "run-1").read_text()).text
+    text = Page(write_report(tmp_path / "run-1").read_text()).text
+    assert "none was lost" in text  # the others' sum opened
+    assert "ballot/1 site-5 silent" in text
+    lines = describe(entries(tmp_path / "run-1"), parse_plan(PLAN)).lines
+    assert "ballot/1: site-5 dropped out (silent); the sum of 4 opened, the campaign goes on" in lines
+    assert not [line for line in lines if "lost" in line]
+
+
+def test_a_round_lost_without_a_dropout_is_told_as_such(tmp_path: Path) -> None:
+    """Every upload came, too few unmasked."""
+    facts = facts_of_a_run()
+    facts["round/runoff/cnn/1"]["dropped"] = {}
+    run_dir = recorded(tmp_path / "run-7", facts)
+    text = Page(write_report(run_dir).read_text()).text
+    assert "7 rounds were asked, 1 was lost" in text
+    assert "Every site answered every round it was asked." not in text
+    lines = describe(entries(run_dir), parse_plan(PLAN)).lines
+    assert "runoff/cnn/1: too few sites unmasked; the round is lost, the campaign goes on" in lines
