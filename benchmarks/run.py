@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("campaign_digits", "demo")
+NAMES = ("campaign_digits", "demo", "secure_sum", "secure_sum_scale", "server_memory", "round_overhead")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -45,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--seeds", type=int, default=5, help="how many partitions (campaign_digits)")
+    parser.add_argument("--sizes", type=int, nargs="*", help="other numbers of sites (secure_sum_scale, server_memory)")
+    parser.add_argument("--quick", action="store_true", help="small cases only (secure_sum)")
     parser.add_argument("--dry", action="store_true", help="print the line, append nothing")
     options = parser.parse_args()
     started = time.time()

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+Record = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -22,7 +24,87 @@ def table() -> str:
     if demo:
         shown = f"{demo['wall_seconds']} s, {demo['peak_memory_mb']} MB at peak ({demo['machine']}; commit {demo['commit']})"
         lines += ["", f"`make demo` after installation, candidates built anew: {shown}."]
+    for name, section in SECTIONS.items():
+        record = newest(name)
+        if record:
+            lines += ["", *section(record)]
     return "\n".join(lines)
+
+
+def _secure_sum(record: Record) -> list[str]:
+    lines = ["| secure sum, CPU seconds of one round | Urna | Flower SecAgg+ functions | ratio |", "|---|---|---|---|"]
+    wanted = [("client", *one) for one in ((10**7, 10, 0, 32), (10**7, 10, 0, 16), (10**7, 32, 0, 32), (10**8, 10, 0, 32))]
+    wanted += [("server", *one) for one in ((10**7, 10, 0, 32), (10**6, 32, 3, 32), (10**6, 100, 10, 32))]
+    for role, size, num_sites, dropped, bits in wanted:
+        for case in _dicts(record["cases"]):
+            if [case[key] for key in ("d", "n", "dropped", "ring_bits")] == [size, num_sites, dropped, bits]:
+                what = f"{role}, {size:.0e} numbers of {bits} bits, {num_sites} sites" + (
+                    f", {dropped} dropped" if dropped else ""
+                )
+                cells = (
+                    f"{case[f'{role}_seconds']:.3f}",
+                    f"{case[f'flower_{role}_seconds']:.3f}",
+                    f"{case[f'{role}_ratio']:.1f}",
+                )
+                lines.append(f"| {what.replace('e+0', 'e')} | {' | '.join(cells)} |")
+    share, loop = record["mask_loop_gb_per_second"], record["aes_ctr_gb_per_second"]
+    peak, bytes_up = next(
+        (case["client_peak_over_upload"], case["upload_ratio"])
+        for case in _dicts(record["cases"])
+        if (case["d"], case["n"], case["dropped"], case["ring_bits"]) == (10**7, 10, 0, 32)
+    )
+    lines += [
+        "",
+        f"Two exchanges a round instead of four; at 1e7 numbers and 10 sites {bytes_up:.2f} of the bytes up, and a peak at",
+    ]
+    lines += [f"the site of {peak:.2f} uploads. Masks are added at {share} GB/s; AES-256-CTR alone, in cache: {loop} GB/s"]
+    lines += [f"(medians; {_where(record)})."]
+    return lines
+
+
+def _server_memory(record: Record) -> list[str]:
+    sizes = ", ".join(map(str, _list(record["num_sites"])))
+    ours, theirs = (", ".join(f"{value:.0f}" for value in _list(record[key])) for key in ("peak_mb", "fedavg_peak_mb"))
+    what = f"Memory of the server for {sizes} replies of {record['reply_mb']:.0f} MB: {ours} MB; Flower's FedAvg {theirs} MB"
+    return [f"{what} ({_where(record)})."]
+
+
+def _scale(record: Record) -> list[str]:
+    parts = [
+        f"{one['n']} sites: {one['site_upload_seconds'] * 1000:.1f} ms a site, {one['server_seconds']:.2f} s at the server"
+        for one in _dicts(record["rounds"])
+    ]
+    return [f"One round of 1e5 numbers, 5 % dropped, CPU: {'; '.join(parts)} ({_where(record)})."]
+
+
+def _overhead(record: Record) -> list[str]:
+    rows = [
+        f"{one['plain_seconds']:.2f} s plain, {one['secure_seconds']:.2f} s secure ({one['ratio']:.2f} times)"
+        for one in (record["work"], record["idle"])
+    ]
+    return [f"A round of FedAvg on Flower's simulation: {'; without work at the sites: '.join(rows)} ({_where(record)})."]
+
+
+SECTIONS = {
+    "secure_sum": _secure_sum,
+    "server_memory": _server_memory,
+    "secure_sum_scale": _scale,
+    "round_overhead": _overhead,
+}
+
+
+def _where(record: Record) -> str:
+    return f"{record['command']}; commit {record['commit']}; {record['machine']}"
+
+
+def _list(value: object) -> list[float]:
+    assert isinstance(value, list)
+    return value
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    assert isinstance(value, list)
+    return value
 
 
 def _campaign(record: dict[str, object]) -> list[str]:
