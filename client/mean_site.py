@@ -135,8 +135,7 @@ class MeanSite:
         for member in request.cohort:
             member.check(rounds.roster, request.campaign)
         context = context_of(request, received.num_numbers if with_tensors else 0, envelope.sha256)
-        if rounds.store.find(request.round_id) is not None:
-            raise ReplayError(f"round {request.round_id} was asked before: each is answered once")
+        rounds.check_round(request.round_id, rounds.store.private_key(request.campaign), request.cohort)
         audited = rounds.check_audits(request.campaign, request.audits)
         worked = work()
         weight, scalars = scalars_of(

@@ -23,9 +23,8 @@ from urna.privacy.secure_sum import Bytes, Context, SiteRole, Upload, alive_dige
 from urna.protocol.errors import AuditError, ProtocolError, ReplayError, SignatureError
 from urna.protocol.identity import Identity, Roster, verify
 from urna.protocol.messages import AnswerOfSite, Audit, Member, Summed
-from urna.protocol.quorum import Quorum
+from urna.protocol.quorum import MAX_SILENT_AT_SETUP, Quorum
 
-MAX_SILENT_AT_SETUP = 3  # members that did not tell their graph nonce
 MAX_UNPROVEN_ABORTS = 3  # in a campaign, of rounds that this site had answered
 
 
@@ -105,7 +104,13 @@ class SecureRounds:
         return self._role(context.campaign, private_key).upload(context, fill, scalars)
 
     def keep(self, context: Context) -> None:
-        """Write that this round was uploaded."""
+        """Write that this round was uploaded; within a transaction of the caller's.
+
+        Raises:
+            ReplayError: another process of this site was faster: its upload stands.
+        """
+        if self.store.find(context.round_id) is not None:
+            raise ReplayError(f"round {context.round_id} was uploaded before, or given up")
         progress = SiteRole.uploaded(context)
         self.store.keep(context.round_id, KeptRound(context.campaign, context, progress))
 

@@ -11,9 +11,10 @@ sides compute the round's `Context` from the request (`context_of` of `privacy.w
 
 Covered:
     * a request binds Flower's run and message type and every byte of the app's records, so none can be used elsewhere;
-    * the campaign's name is a hash of run and nonce: who sees it before showing a key knows that a graph seed is fixed, and
-      two runs never share a name.
+    * the campaign's name is a hash of run and nonce, so two runs never share one.
 Not covered:
+    * above 33 sites operator and one member together can choose the sparse graph, by trying keys (Urna's own campaigns have a
+      set-up exchange against that);
     * confidentiality of the app's own records: the global model and its settings travel as Flower sends them.
 """
 
@@ -71,9 +72,9 @@ class AverageRequest(Asked):
     kind: Literal["mean-average"] = "mean-average"
     round_id: RequestId
     nonce: Sha256  # opens the campaign's name
-    cohort: Annotated[tuple[Member, ...], Field(min_length=2, max_length=20_000)]
+    cohort: Annotated[tuple[Member, ...], Field(min_length=2, max_length=10_000)]
     num_colluding: Annotated[int, Field(ge=0, le=100)]
-    min_sites: Annotated[int, Field(ge=2, le=20_000)]
+    min_sites: Annotated[int, Field(ge=2, le=10_000)]
     ring_bits: RingBits
     weight_key: Key
     max_weight: Annotated[int, Field(ge=1, le=10**12)]
@@ -99,7 +100,7 @@ class MeanUnmaskRequest(Asked):
 
     kind: Literal["mean-unmask"] = "mean-unmask"
     round_id: RequestId
-    alive: Annotated[tuple[Name, ...], Field(max_length=20_000)]  # sorted
+    alive: Annotated[tuple[Name, ...], Field(max_length=10_000)]  # sorted
 
 
 class MeanAbortRequest(Asked):

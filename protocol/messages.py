@@ -125,7 +125,7 @@ class SetupRequest(Request):
 
     kind: Literal["setup"] = "setup"
     stage: Literal["hello"] = "hello"
-    cohort: Annotated[tuple[Member, ...], Field(max_length=20_000)]
+    cohort: Annotated[tuple[Member, ...], Field(max_length=10_000)]
 
 
 class AnswerOfSite(Message):
@@ -143,7 +143,7 @@ class Audit(Message):
     """
 
     round_id: RequestId
-    alive: Annotated[tuple[Name, ...], Field(max_length=20_000)]
+    alive: Annotated[tuple[Name, ...], Field(max_length=10_000)]
     answers: Annotated[dict[Name, AnswerOfSite], Field(max_length=255)]
 
 
@@ -159,7 +159,7 @@ class Summed(Request):
     ring_bits: Literal[16, 24, 32] = 32
     planned_count: Annotated[int, Field(ge=1, le=100_000)] = 1  # releases of this kind that the stage will ask for
     graph_nonce: Sha256  # opens the commitment of the hello
-    graph_nonces: Annotated[dict[Name, Sha256], Field(max_length=20_000)] = {}  # where the graph is sparse: the members'
+    graph_nonces: Annotated[dict[Name, Sha256], Field(max_length=10_000)] = {}  # where the graph is sparse: the members'
     audits: Annotated[tuple[Audit, ...], Field(max_length=1_000)] = ()  # of rounds that a member of the cohort answered
 
 
@@ -196,7 +196,7 @@ class UnmaskRequest(Request):
 
     kind: Literal["unmask"] = "unmask"
     round_id: RequestId
-    alive: Annotated[tuple[Name, ...], Field(max_length=20_000)]  # sorted
+    alive: Annotated[tuple[Name, ...], Field(max_length=10_000)]  # sorted
 
 
 class AbortRequest(Request):
@@ -236,7 +236,7 @@ class SetupReply(Reply):
 
 
 class Masked(Reply):
-    """An upload of `secure_sum`: arrays ``segment-0000`` ... and ``shares``, ``checks`` (uint8), ``scalars`` (uint64).
+    """An upload of `secure_sum`: arrays ``segment-000000`` ... and ``shares``, ``checks`` (uint8), ``scalars`` (uint64).
 
     Without a secure sum: only segments, and nothing masks them.
     """

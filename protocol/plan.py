@@ -68,7 +68,7 @@ class Privacy(Section):
     noise: Literal["shared", "local"] = "shared"
     # members that the noise does not count on; with 0 epsilon holds against the server only, not against a fellow member,
     # who knows its own share of the noise
-    max_colluding_sites: Annotated[int, Field(ge=0)] = 1
+    max_colluding_sites: Annotated[int, Field(ge=0, le=80)] = 1
 
 
 class VirtualSites(Section):

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 FULL_GRAPH_LIMIT = 32
+MAX_SILENT_AT_SETUP = 3  # members that may not tell their graph nonce: the choice of whom to leave out could be ground
 
 
 @dataclass(frozen=True)

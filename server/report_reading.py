@@ -306,8 +306,8 @@ def _about_sums(plan: Plan) -> str:
     if not plan.federation.secure_sum:
         return "There was no secure sum: the operator saw each site's noisy numbers by themselves."
     return (
-        "A sum opens with more than two thirds of its sites, or not at all; what a lost round cost is spent. Every survivor's "
-        "noise is in it, so the more survive, the more noise it has."
+        "A sum opens with more than two thirds of its sites, and of share holders, or not at all; what a lost round cost "
+        "is spent. Every survivor's noise is in it, so the more survive, the more noise it has."
     )
 
 

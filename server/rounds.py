@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats
 from urna.privacy.ring import spans
-from urna.privacy.secure_sum import Context, ServerRole, alive_digest, check_keys, context_of, segments_of, upload_of
+from urna.privacy.secure_sum import Context, ServerRole, alive_digest, context_of, doubt_of_key, segments_of, upload_of
 from urna.protocol.errors import ProtocolError, RoundError
 from urna.protocol.identity import OPERATOR, Identity, Roster, verify
 from urna.protocol.messages import (
@@ -54,6 +53,7 @@ from urna.protocol.messages import (
     to_record,
 )
 from urna.protocol.plan import Plan
+from urna.protocol.quorum import MAX_SILENT_AT_SETUP
 from urna.server.journal import Journal, Json
 from urna.strategies.grid import POLL_SECONDS, exchange
 
@@ -215,7 +215,7 @@ class Rounds:
                     answer.member.check(self._roster, request.campaign)
                     if answer.member.site != reply.sender:
                         raise ProtocolError(f"{reply.sender} speaks for {answer.member.site}")
-                    doubt = believe(answer) or _doubt_of_key(answer.member, members)
+                    doubt = believe(answer) or doubt_of_key(answer.member, [other.member for other in members.values()])
                     if doubt is not None:
                         others[reply.sender] = doubt
                         continue
@@ -230,12 +230,24 @@ class Rounds:
         return members, others
 
     def setup(self, request: SetupRequest) -> None:
-        """Fix the members and learn what their sparse graph depends on; who does not tell its nonce takes no part."""
+        """Fix the members and learn what their sparse graph depends on; who does not tell its nonce takes no part.
+
+        Raises:
+            RoundError: too many did not, so that sites would refuse the graph.
+        """
         told = self.ask_all("setup", "query.setup", request)
         fixed = {member.site: member.graph_commitment for member in request.cohort}
         for site, answer in told.items():
             if isinstance(answer, SetupReply) and _sha256(answer.graph_nonce) == fixed.get(site):
                 self._nonces[site] = answer.graph_nonce
+        silent = sorted(set(fixed) - set(self._nonces))
+        left = len(fixed) - len(silent)
+        is_full = left >= self._plan.federation.min_sites and self._plan.quorum(left).is_full
+        if left < self._plan.federation.min_sites or (len(silent) > MAX_SILENT_AT_SETUP and not is_full):
+            raise RoundError(
+                f"expected the graph nonces of all but {MAX_SILENT_AT_SETUP} of {len(fixed)} sites, none came from "
+                f"{', '.join(silent[:10])}: bring them back, then `urna resume`"
+            )
         self._members = {name: member for name, member in self._members.items() if name in self._nonces}
         self.everyone_back()
 
@@ -330,7 +342,8 @@ class Rounds:
                 )
             audits = self.unshown_audits(tuple(self._active))
             cohort = tuple(self._active.values())
-            nonces = {} if self._plan.quorum(len(cohort)).is_full else dict(self._nonces)
+            sparse = self._plan.federation.secure_sum and not self._plan.quorum(len(cohort)).is_full
+            nonces = dict(self._nonces) if sparse else {}
             request, arrays = make(Opening(key, cohort, self.graph_nonce, nonces, audits))
             return request, self._sealed(key, request, arrays)
         envelope = self._restored(kept.value, kept.arrays)
@@ -353,13 +366,13 @@ class Rounds:
         cohort = tuple(member.site for member in request.cohort)
         if not self._plan.federation.secure_sum:
             return self._gathered(route, envelope, request.cohort, grid, size, combine)
-        if self._journal.find(f"ask/{key}/abort") is not None:  # given up before a crash: it stays so
-            self._abort(key, request)
-            return Opened(None, (), {}, cohort)
         context = context_of(request, self._plan, size, envelope.sha256)
         server = ServerRole(context)
         fixed = self._journal.find(f"ask/{key}/unmask")  # before a crash: the list of the alive stays what it was
         wanted = cohort if fixed is None else tuple(json.loads(fixed.value["body"])["alive"])
+        if self._journal.find(f"ask/{key}/abort") is not None:  # given up before a crash: it stays so
+            self._abort(key, request, context, wanted)
+            return Opened(None, (), {}, wanted)
 
         def add(site: str, reply: Envelope) -> None:
             server.add(site, upload_of(reply.arrays))
@@ -375,10 +388,10 @@ class Rounds:
         except ProtocolError as error:
             log.warning("round %s is lost: %s", key, error)
             if fixed is not None:
-                self._abort(key, request)
+                self._abort(key, request, context, wanted)
             return Opened(None, (), dropped, delivered)
         if not self._unmask(key, request, context, server, alive):
-            self._abort(key, request)
+            self._abort(key, request, context, alive)
             dropped |= dict.fromkeys(sorted(server.suspects), "shares do not open")
             return Opened(None, (), dropped, tuple(site for site in delivered if site not in server.suspects))
         return Opened(grid.from_ring(server.total()[0]), alive, dropped, delivered)
@@ -461,17 +474,19 @@ class Rounds:
             self._journal.once(f"audit/{key}", lambda: {"asked": sorted(holders), "audit": audit.model_dump()})
         return server.is_open
 
-    def _abort(self, key: str, request: Summed) -> None:
-        """Nobody will answer this round any more; what they say about it is the proof that it was not opened."""
+    def _abort(self, key: str, request: Summed, context: Context, alive: tuple[str, ...]) -> None:
+        """Nobody will answer this round any more; what holders say about it is the proof that it was not opened."""
         log.warning("round %s is given up: nobody will unmask it any more", key)
         said = AbortRequest(**self._header(request, f"{key}/abort"), round_id=request.request_id)
         envelope = self._sealed(f"{key}/abort", said, {})
         site_at = {self._address[one.site]: one.site for one in request.cohort if one.site in self._address}
+        holders = {context.names[at] for at in context.graph.holders}
+        believed = {"", alive_digest(context, alive).hex()}  # no other list was asked: who says so lies
         answers: dict[str, AnswerOfSite] = {}
         for node, reply in self._transport.ask("query.abort", dict.fromkeys(site_at, envelope), self._timeout_seconds):
             try:
                 answer = None if reply is None else open_reply(reply, self._roster, site_at[node], envelope)
-                if isinstance(answer, Burnt):
+                if isinstance(answer, Burnt) and site_at[node] in holders and answer.answer.alive_sha256 in believed:
                     answers[site_at[node]] = answer.answer
             except ProtocolError as error:
                 log.warning("%s", error)
@@ -496,18 +511,6 @@ class Rounds:
 
 def _sha256(nonce: str) -> str:
     return hashlib.sha256(bytes.fromhex(nonce)).hexdigest()
-
-
-def _doubt_of_key(member: Member, others: Mapping[str, HelloReply]) -> str | None:
-    """Why no one could share masks with this member: its presence would stop every round of the others."""
-    for name, other in others.items():
-        if name != member.site and other.member.public_key == member.public_key:
-            return f"shows the round key of {name}"
-    try:
-        check_keys(X25519PrivateKey.generate(), [member])
-    except ProtocolError:
-        return "shows a round key of low order"
-    return None
 
 
 def _summed(envelope: Envelope) -> Summed:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from urna.privacy.mechanisms import random_bytes
-from urna.privacy.secure_sum import Context, ServerRole, alive_digest, burnt_statement, upload_of
+from urna.privacy.secure_sum import Context, ServerRole, alive_digest, burnt_statement, doubt_of_key, upload_of
 from urna.privacy.weighted_mean import Opened, Tensors, context_of, grids_for, opened
 from urna.protocol.averaging import (
     Asked,
@@ -124,6 +124,9 @@ class MeanRounds:
                 answer.member.check(self._roster, self._campaign)
                 if answer.member.site != reply.sender:
                     raise ProtocolError(f"{reply.sender} speaks for {answer.member.site}")
+                doubt = doubt_of_key(answer.member, list(self.members.values()))
+                if doubt is not None:
+                    raise ProtocolError(doubt)
             except ProtocolError as error:
                 log.warning("node %s does not take part: %s", node, error)
                 self.doubts[node] = str(error)
@@ -225,13 +228,13 @@ class MeanRounds:
             audit = Audit(round_id=request.round_id, alive=alive, answers=answers)
         else:
             log.warning("round %s is lost: %d of %d answered", request.round_id, len(answers), len(holders))
-            audit = self._given_up(nodes, request, context)
+            audit = self._given_up(nodes, request, context, digest.hex())
         for site in holders:  # whoever may have answered
             self._audits.setdefault(site, []).append(audit)
         return role.is_open
 
-    def _given_up(self, nodes: Sequence[int], request: AverageRequest, context: Context) -> Audit:
-        """Ask everyone to burn a round, until so many holders have that it never can be opened."""
+    def _given_up(self, nodes: Sequence[int], request: AverageRequest, context: Context, asked_sha256: str) -> Audit:
+        """Ask everyone to burn a round, until so many holders have that it never can be opened, even if colluders lied."""
         asked = MeanAbortRequest(
             campaign=request.campaign, run_id=request.run_id, message_type=request.message_type, round_id=request.round_id
         )
@@ -239,10 +242,12 @@ class MeanRounds:
         answers: dict[str, AnswerOfSite] = {}
         seconds = self._terms.unmask_timeout_seconds
         for site, answer, _ in self._asked(self._ask, nodes, asked, seal(self._identity, asked), seconds):
-            if isinstance(answer, Burnt) and site in holders and self._is_burnt(context, site, answer.answer):
+            if not isinstance(answer, Burnt) or site not in holders or answer.answer.alive_sha256 not in ("", asked_sha256):
+                continue  # no other list was asked: who says so lies
+            if self._is_burnt(context, site, answer.answer):
                 answers[site] = answer.answer
             unanswered = sum(one.alive_sha256 == "" for one in answers.values())
-            if len(holders) - unanswered < context.quorum.threshold:
+            if len(holders) - unanswered + context.quorum.num_colluding < context.quorum.threshold:  # as the sites count
                 break
         return Audit(round_id=request.round_id, alive=(), answers=answers)
 

@@ -24,6 +24,7 @@ from urna.protocol.messages import Envelope, from_record
 from urna.strategies.grid import exchange
 from urna.strategies.mean_rounds import Ask, Batch, MeanRounds, Terms
 
+LATE_GREETING_SECONDS = 10.0
 WAIT_SECONDS = 0.2  # between two looks for nodes
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,9 @@ class SecureGrid(Grid):
         deadline = time.monotonic() + self._terms.setup_timeout_seconds
         while True:
             present = list(self._grid.get_node_ids())
-            self._rounds.greet(present, self._greeting, max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            enough = len(self._rounds.members) >= self._terms.min_sites  # then nobody is waited for long
+            self._rounds.greet(present, self._greeting, min(left, LATE_GREETING_SECONDS) if enough else left)
             members = [node for node in present if node in self._rounds.members]
             if len(members) >= self._terms.min_sites:
                 return members

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
+from urna.privacy.fixed_point import grid_for
 from urna.privacy.ring import RING_BITS
 from urna.protocol.averaging import RingBits
 from urna.protocol.identity import OPERATOR, load_identity, load_roster
@@ -92,6 +93,10 @@ class SecureSum(Strategy):
             raise ValueError(f"ring_bits must be 16, 24 or 32, found {ring_bits}")
         if min(max_abs, max_abs_integers, max_weight) <= 0:
             raise ValueError(f"max_abs, max_abs_integers and max_weight must be positive, found {max_abs}, {max_weight}")
+        if max_weight > 10**12 or num_colluding > 80:
+            raise ValueError(f"max_weight is at most 10**12, num_colluding at most 80, found {max_weight}, {num_colluding}")
+        for largest in (max_abs, max_abs_integers):
+            grid_for(max_weight * largest * min_sites, min_sites, ring_bits)
         if strategy.weighted_by_key in (*train_metrics, *evaluate_metrics):
             raise ValueError(f"{strategy.weighted_by_key!r} is the weight: leave it out of the metrics")
         self.strategy = strategy

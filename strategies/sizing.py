@@ -46,7 +46,12 @@ def train_grid(plan: Plan, cohort: Sequence[Member], size: int, multiplier: floa
     clip = plan.final.max_grad_norm
     if plan.privacy.noise == "shared":
         return _narrowest(plan, "training", len(cohort), 2 * plan.expected_batch * clip, size, clip, 1, multiplier)
-    return grid_for(_reach_of_local_steps(plan, cohort, multiplier), len(cohort), plan.federation.ring_bits)
+    reach = _reach_of_local_steps(plan, cohort, multiplier)
+    for bits in RING_BITS:
+        grid = _grid(reach, len(cohort), bits) if bits >= plan.federation.ring_bits else None
+        if grid is not None:
+            return grid
+    raise PlanError(f"expected changes of heads that a ring can hold, found up to {reach:.3g}: change final's rates and norms")
 
 
 def _reach_of_local_steps(plan: Plan, cohort: Sequence[Member], multiplier: float) -> float:
@@ -65,7 +70,9 @@ def _narrowest(
     units = 0
     for bits in RING_BITS:
         if bits >= plan.federation.ring_bits:
-            grid = grid_for(largest, num_sites, bits)
+            grid = _grid(largest, num_sites, bits)
+            if grid is None:
+                continue
             units = grid.units(clip)
             share = multiplier * clips * units / math.sqrt(parties)
             if units > 2 * (math.sqrt(size) / 2 + 1) and share >= MIN_NOISE_UNITS:
@@ -74,3 +81,11 @@ def _narrowest(
         f"expected a ring of 32 bits to hold {what} of {num_sites} sites with a clip of {clip:g} and noise of {multiplier:.3g} "
         f"clips, found {units} grid units for a clip: ask fewer records or sites, or a higher epsilon"
     )
+
+
+def _grid(largest: float, num_sites: int, bits: int) -> Grid | None:
+    """The grid of a ring; None where no step of it is within reach."""
+    try:
+        return grid_for(largest, num_sites, bits)
+    except ValueError:
+        return None
