@@ -4,8 +4,8 @@
     oracle          the candidate with the best mean over the seeds, fine-tuned with the whole epsilon
     random          the mean candidate, fine-tuned with the whole epsilon
     fine_tune_all   every candidate fine-tuned, jointly accounted; the best by noisy held-out counts is deployed
-    shared_minus_pooled   one candidate by secure sum with shared noise, less Opacus' own DPOptimizer on the pooled records with
-                    the same noise (so the shares bear no colluder, as a pool has none); `..._one_colluder`: they bear one
+    shared_minus_pooled   one candidate by secure sum with shared noise, less Opacus' own DPOptimizer on the pooled records at
+                    the same epsilon; the shares bear a dropout and no colluder; `..._one_colluder`: one, too
     cost_ratio      CPU seconds of the campaign over those of fine-tuning every candidate the same way
 
 Oracle, random and fine-tune-all are of the same federation: their noise, too, suffices when one site takes its share off.

@@ -125,7 +125,8 @@ def _campaign(record: dict[str, object]) -> list[str]:
     differences = ", ".join(f"{value:+.3f} at epsilon {epsilon}" for epsilon, value in pooled.items())
     where = f"{record['command']}; commit {record['commit']}; {record['machine']}"
     lines += ["", f"Held-out accuracy, means of {record['seeds']} partitions ({where})."]
-    lines += [f"Shared noise by secure sum, less pooled DP-SGD by Opacus with the same noise: {differences}."]
+    lines += [f"Shared noise by secure sum, less pooled DP-SGD by Opacus at the same epsilon: {differences}."]
+    lines += ["(One of the five sites may drop out, so a sum of all has 1.12 times the pool's noise; 1.29 if one may collude.)"]
     bearing = record["shared_minus_pooled_one_colluder"]
     assert isinstance(bearing, dict)
     prices = ", ".join(f"{value:+.3f} at epsilon {epsilon}" for epsilon, value in bearing.items())

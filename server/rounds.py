@@ -216,6 +216,7 @@ class Rounds:
                     if answer.member.site != reply.sender:
                         raise ProtocolError(f"{reply.sender} speaks for {answer.member.site}")
                     doubt = believe(answer) or doubt_of_key(answer.member, [other.member for other in members.values()])
+                    doubt = doubt or self._doubt_of_owner(answer.member)
                     if doubt is not None:
                         others[reply.sender] = doubt
                         continue
@@ -264,6 +265,11 @@ class Rounds:
     def everyone_back(self) -> None:
         """A new stage: members that sat out may try again."""
         self._active = dict(self._members)
+
+    def _doubt_of_owner(self, member: Member) -> str | None:
+        """Who showed a key first keeps it, after a resume too: by then every member knows it."""
+        owner = self._journal.once(f"key/{member.public_key}", lambda: {"site": member.site})["site"]
+        return None if owner == member.site else f"shows the round key of {owner}"
 
     def secure_sum(
         self, key: str, route: str, make: Ask, size: int, facts: Callable[[Summed], Json], combine: Combine | None = None

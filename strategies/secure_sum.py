@@ -95,8 +95,11 @@ class SecureSum(Strategy):
             raise ValueError(f"max_abs, max_abs_integers and max_weight must be positive, found {max_abs}, {max_weight}")
         if max_weight > 10**12 or num_colluding > 80:
             raise ValueError(f"max_weight is at most 10**12, num_colluding at most 80, found {max_weight}, {num_colluding}")
-        for largest in (max_abs, max_abs_integers):
-            grid_for(max_weight * largest * min_sites, min_sites, ring_bits)
+        for name, largest in (("max_abs", max_abs), ("max_abs_integers", max_abs_integers)):
+            try:
+                grid_for(max_weight * largest * min_sites, min_sites, ring_bits)
+            except ValueError as error:
+                raise ValueError(f"{name} = {largest:g} and max_weight = {max_weight} fit no ring: {error}") from None
         if strategy.weighted_by_key in (*train_metrics, *evaluate_metrics):
             raise ValueError(f"{strategy.weighted_by_key!r} is the weight: leave it out of the metrics")
         self.strategy = strategy

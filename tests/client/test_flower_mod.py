@@ -3,6 +3,7 @@
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from tests.mean_consortium import RUN_ID, MeanConsortium, Metrics, app_of, code_
 from urna.client import make_secure_sum_mod
 from urna.client.flower_mod import own_folder
 from urna.client.mean_site import ROUNDS_FILE
+from urna.client.secure_rounds import SecureRounds
 from urna.privacy.secure_sum import Context as RoundContext
-from urna.privacy.secure_sum import ServerRole, alive_digest, burnt_statement, upload_of
+from urna.privacy.secure_sum import ServerRole, Upload, alive_digest, burnt_statement, upload_of
 from urna.privacy.weighted_mean import context_of, grids_for, opened
 from urna.protocol.averaging import (
     Asked,
@@ -494,3 +496,50 @@ def test_a_site_that_cannot_be_opened_says_so_and_nothing_else(operator: Operato
 def test_a_mod_that_would_open_a_single_update_is_not_made() -> None:
     with pytest.raises(ValueError, match="expected min_cohort of at least 2"):
         make_secure_sum_mod(min_cohort=1)
+
+
+def test_a_cohort_with_a_useless_round_key_is_refused_before_the_app_works(operator: Operator) -> None:
+    identity = load_identity("site-5", operator.grid.site(5) / "identity.key")
+    useless = Member.create(identity, operator.campaign, bytes(32).hex(), 1)
+    assert code_of(operator.average(cohort=(*operator.members[:4], useless))) == "bad_request"
+    assert operator.app.calls == 0
+    assert is_masked(operator.average()), "nothing was used up"
+
+
+def asked_again_by_another_process(operator: Operator, monkeypatch: pytest.MonkeyPatch, moment: str) -> list[Message]:
+    """The same request, once, at some moment of this site's work on it; what the other process answers."""
+    answers: list[Message] = []
+    mask = SecureRounds.upload
+
+    def again() -> None:
+        if len(answers) == 0 and operator.app.calls == 1:
+            answers.append(operator.average())
+
+    def train(site: int, arrays: Arrays) -> tuple[Arrays, Metrics]:
+        operator.app.shift += 1.0  # the two would upload different updates
+        answer = operator.app.train(site, arrays)
+        if moment == "while the app works":
+            again()
+        return answer
+
+    def masked(*arguments: Any) -> Upload:
+        upload = mask(*arguments)
+        if moment == "after masking":
+            again()
+        return upload
+
+    monkeypatch.setattr(operator.grid, "app", app_of(train, operator.app.evaluate))
+    monkeypatch.setattr(SecureRounds, "upload", masked)
+    return answers
+
+
+@pytest.mark.parametrize("moment", ["while the app works", "after masking"])
+def test_of_two_processes_that_work_on_one_round_the_second_upload_never_leaves(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Two updates under one mask, subtracted, are their difference: the faster process's upload stands alone."""
+    others = asked_again_by_another_process(operator, monkeypatch, moment)
+    assert code_of(operator.average()) == "replay_changed"
+    assert operator.app.calls == 2
+    assert [is_masked(one) for one in others] == [True]
+    assert operator.grid.all_bytes("reply").count(b'"kind":"masked"') == 1

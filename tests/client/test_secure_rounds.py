@@ -20,7 +20,7 @@ from urna.privacy.secure_sum import Bytes, Context, Progress, alive_digest, burn
 from urna.protocol.errors import AuditError, ProtocolError, ReplayError
 from urna.protocol.identity import OPERATOR, Identity, Roster, verify
 from urna.protocol.messages import AnswerOfSite, Audit, BallotRequest, Member
-from urna.protocol.quorum import quorum
+from urna.protocol.quorum import MAX_SILENT_AT_SETUP, quorum
 
 CAMPAIGN = "run-1"
 
@@ -444,3 +444,26 @@ def test_nobody_adds_to_what_a_sparse_graph_depends_on(fixed: Desk) -> None:
     request = sparse_request(graph_nonces=nonces_of(range(40)) | {"nobody": "ab" * 32})
     with pytest.raises(ProtocolError, match="expected"):
         fixed.rounds.check_graph(request, quorum(40), OPERATOR_COMMITMENT)
+
+
+def test_three_members_that_never_told_their_part_of_the_graph_are_borne_and_no_more(fixed: Desk) -> None:
+    """The server stops at setup where the sites would refuse here."""
+    assert MAX_SILENT_AT_SETUP == 3
+    fixed.rounds.check_graph(sparse_request(range(37)), quorum(37), OPERATOR_COMMITMENT)
+    with pytest.raises(ProtocolError, match="expected the graph nonces of all members but 3, found fewer or others"):
+        fixed.rounds.check_graph(sparse_request(range(36)), quorum(36), OPERATOR_COMMITMENT)
+
+
+def test_an_upload_of_a_round_that_another_process_kept_or_gave_up_is_not_kept(desk: Desk) -> None:
+    """Both masked before either wrote: who writes second must not send."""
+    for name in ("uploaded", "given up"):
+        context = a_context(5, f"run-1/{name}")
+        desk.rounds.upload(context, key_of(0), numbers_of(context.ring.zeros(context.size)))
+        other = Desk(RoundStore.open(desk.path), desk.path)
+        if name == "uploaded":
+            other.upload(context)
+        else:
+            other.rounds.burn(CAMPAIGN, context.round_id)
+        with pytest.raises(ReplayError, match=f"round run-1/{name} was uploaded before, or given up"):
+            desk.rounds.keep(context)
+        other.store.close()

@@ -17,11 +17,13 @@ from urna.client.site import LEDGER_FILE
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats
 from urna.privacy.ring import Vector
-from urna.privacy.secure_sum import ServerRole, Upload, upload_of
+from urna.privacy.secure_sum import ServerRole, Upload, burnt_statement, upload_of
 from urna.protocol.errors import FailureCode, ProtocolError, RefusedError
 from urna.protocol.identity import Identity
 from urna.protocol.messages import (
+    AnswerOfSite,
     AnyRequest,
+    Burnt,
     Envelope,
     Failure,
     Masked,
@@ -641,3 +643,61 @@ def test_a_server_that_kept_replies_would_be_seen(
     with federation.stages() as stages:
         trained(stages, 1)
     assert max(most) == 20
+
+
+# ---- liars and the silent, where a round is given up
+
+
+def lying_about_its_list(federation: Federation, name: str) -> Fault:
+    """Signs that it had answered a list that nobody asked about."""
+
+    def fault(_route: str, reply: Envelope) -> Envelope:
+        site = federation.site(name)
+        kept = site.ledger.rounds.find("run/final/1")
+        assert kept is not None
+        statement = burnt_statement("run/final/1", kept.progress.context, "ab" * 32)
+        answer = AnswerOfSite(alive_sha256="ab" * 32, signature=site.identity.sign("burnt", statement).hex())
+        said = Burnt.model_validate_json(reply.body)
+        return seal(site.identity, said.model_copy(update={"answer": answer}))
+
+    return fault
+
+
+def test_a_liar_in_an_abort_is_left_out_of_the_audit_and_stops_nobody(federation: Federation) -> None:
+    """With its statement among the others', every honest site would see a split view in the next request."""
+    refuse = once(refusing(federation.site("site-2").identity), "query.unmask")
+    lie = once(lying_about_its_list(federation, "site-2"), "query.abort")
+    federation.unreached["site-4"] = first_only("unmask")
+    federation.faults["site-2"] = lambda route, reply: (lie if route == "query.abort" else refuse)(route, reply)
+    federation.run()
+    found = rounds(federation.run_dir)
+    assert {key: entry.value["opened"] for key, entry in found.items()} == {
+        "final/1": False,
+        "final/2": True,
+        "evaluation/final/1": True,
+    }
+    answers = value(federation.run_dir, "audit/final/1")["audit"]["answers"]  # type: ignore[index]
+    assert set(answers) == set(SITES) - {"site-2"}
+    assert codes(federation) == set()
+    assert set(value(federation.run_dir, "statements")) == set(SITES)
+
+
+def test_a_resumed_abort_counts_a_silent_member_as_one_that_was_shown_nothing(tmp_path: Path) -> None:
+    """Site 5 answers round 1 and hears nothing of round 2, which is given up, before and after a crash."""
+    first = Federation(tmp_path / "run", brief())
+    first.unreached["site-5"] = lambda request: request.request_id == "run/final/2"
+    first.unreached["site-2"] = lambda request: request.request_id == "run/final/2/unmask"
+    first.faults["site-1"] = killed_at("query.abort")
+    with pytest.raises(ServerKilledError):
+        first.run()
+    second = Federation(tmp_path / "run", brief())
+    second.run()
+    found = rounds(tmp_path / "run")
+    assert {key: entry.value["opened"] for key, entry in found.items()} == {
+        "final/1": True,
+        "final/2": False,
+        "evaluation/final/1": True,
+    }
+    assert found["evaluation/final/1"].value["dropped"] == {}
+    assert codes(second) == set()
+    assert not second.site("site-5").ledger.rounds.unaudited("run")

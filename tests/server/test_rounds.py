@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from tests.simulator import Federation, bodies, lost, rounds, small, value
 from urna.privacy.fixed_point import Grid
-from urna.protocol.errors import PlanError
+from urna.protocol.errors import PlanError, RoundError
 from urna.protocol.identity import Identity, create_identity
 from urna.protocol.messages import (
     AnyArray,
@@ -272,6 +272,34 @@ def test_a_member_with_anothers_or_a_useless_round_key_takes_no_part_and_stops_n
     assert "site-5" in value(tmp_path / "run", "hello")["others"]  # type: ignore[operator]
 
 
+def forty(tmp_path: Path) -> Federation:
+    document = brief().model_dump()
+    document["federation"]["virtual"] |= {"num_sites": 40, "dirichlet_alpha": 10.0}
+    document["federation"]["min_sites"] = 10
+    return Federation(tmp_path / "run", Plan.model_validate(document), keeps_wire=False)
+
+
+def test_three_of_forty_that_are_silent_at_setup_are_borne_and_a_fourth_is_named(tmp_path: Path) -> None:
+    """With more left out the sites would refuse every sparse graph, so nothing is asked before they are back."""
+    federation = forty(tmp_path)
+    federation.faults = {f"site-{number}": lost("query.setup") for number in (3, 7, 11, 40)}
+    with (
+        pytest.raises(RoundError, match=r"all but 3 of 40 sites, none came from site-11, site-3, site-40, site-7: bring them"),
+        federation.stages(),
+    ):
+        pass
+    federation.faults = {f"site-{number}": lost("query.setup") for number in (3, 7, 11)}
+    with federation.stages() as stages:
+        assert set(stages.rounds.member_names) == {f"site-{number}" for number in range(1, 41)} - {
+            "site-3",
+            "site-7",
+            "site-11",
+        }
+        stages.train("final", "final/1", "pixels", stages.start("pixels"), 1, 4.0, 2)
+    entry = rounds(tmp_path / "run")["final/1"]
+    assert (entry.value["opened"], entry.value["dropped"]) == (True, {})
+
+
 def test_a_reply_that_comes_twice_counts_once(tmp_path: Path) -> None:
     """A relay that doubles messages."""
 
@@ -436,3 +464,25 @@ def test_planted_numbers_are_found_in_whatever_field_they_travel(tmp_path: Path)
     assert all(leaks([one], {346}) for one in planted)
     assert not leaks([seal(identity, masked, {"segment-000000": np.array([7, 345], "<u4").view(np.uint8)})], {346})
     assert not leaks([Envelope("site-1", json.dumps({"sha256": "ab346cd" + sha256}).encode(), b"")], {346})
+
+
+def test_a_member_that_shows_anothers_key_after_a_resume_pushes_only_itself_out(tmp_path: Path) -> None:
+    """By then every member knows every key: who showed one first keeps it."""
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(route: str, reply: Envelope) -> Envelope:
+        if route == "query.unmask":
+            raise KilledError
+        return reply
+
+    first = Federation(tmp_path / "run", brief(min_sites=3))
+    first.faults["site-3"] = killed
+    with pytest.raises(KilledError):
+        first.run()
+    stolen = key_of(first, "site-5")
+    second = Federation(tmp_path / "run", brief(min_sites=3))
+    second.faults["site-1"] = hello_with(second.site("site-1").identity, lambda: stolen)
+    second.run()
+    assert rounds(tmp_path / "run")["final/2"].value["cohort"] == ["site-2", "site-3", "site-4", "site-5"]

@@ -2,18 +2,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Result, Strategy
 
 from tests.mean_consortium import MeanConsortium, Metrics, app_of, code_of, identify, keys_in, kind_of
-from urna.protocol.averaging import RingBits
+from urna.client.mean_site import ROUNDS_FILE
+from urna.client.round_store import RoundStore
+from urna.privacy.secure_sum import burnt_statement
+from urna.protocol.averaging import HEADER, GreetRequest, MeanAbortRequest, MeanUnmaskRequest, RingBits
 from urna.protocol.errors import RoundError, SiteConfigError
-from urna.protocol.identity import create_consortium
-from urna.protocol.messages import AnyArray
+from urna.protocol.identity import IDENTITY_FILE, create_consortium, load_identity
+from urna.protocol.messages import AnswerOfSite, AnyArray, Burnt, HelloReply, Member, Reply, from_record, seal, to_record
 from urna.strategies import SecureSum
 from urna.strategies.secure_sum import ALLOWED, REASONS
 
@@ -190,6 +195,27 @@ def test_other_reasons_to_refuse_are_said(tmp_path: Path) -> None:
         SecureSum(FedAvg(), operator_key=tmp_path / "none", roster=keys["roster"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_weight": 10**12 + 1}, r"max_weight is at most 10\*\*12, .* found 1000000000001"),
+        ({"num_colluding": 81, "min_sites": 300}, "num_colluding at most 80, found 100000, 81"),
+        ({"max_abs": 1e300}, "step_exp must be -60 to 30, found"),
+        ({"max_abs_integers": 1e-300}, "step_exp must be -60 to 30, found -"),
+        ({"max_abs": float("inf")}, "largest_sum must be positive and finite, found inf"),
+        ({"ring_bits": 16, "min_sites": 40_000, "num_colluding": 0}, "a ring of 16 bits has no room for 40000 summands"),
+    ],
+    ids=["weight", "colluding", "large", "tiny", "infinite", "narrow ring"],
+)
+def test_numbers_that_no_request_could_carry_are_said_before_anything_is_asked(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    create_consortium(tmp_path, ["site-1", "site-2", "site-3"])
+    SecureSum(FedAvg(), **keys_in(tmp_path), max_weight=10**12, max_abs_integers=1.0, max_abs=1.0)
+    with pytest.raises(ValueError, match=message):
+        SecureSum(FedAvg(), **keys_in(tmp_path), **changes)
+
+
 def test_dropout_before_upload_opens_the_sum_of_the_others(tmp_path: Path) -> None:
     one = consortium(tmp_path)
     one.faults[2] = lambda request, reply: None if kind_of(request) == "mean-average" else reply
@@ -227,6 +253,104 @@ def test_a_lost_round_keeps_the_arrays_and_the_next_is_opened_after_everybody_sa
     assert largest_difference(secure.arrays, reference.arrays) < FIRST_GRID
     assert sorted(secure.train_metrics_clientapp) == [1, 3]
     assert "is lost: 3 of 5 answered" in caplog.text
+
+
+def reseal(one: MeanConsortium, node: int, answer: Reply, reply: Message) -> Message:
+    """Another answer, signed by the node's own site."""
+    identity = load_identity(f"site-{node}", one.site(node) / IDENTITY_FILE)
+    reply.content = to_record(seal(identity, answer))
+    return reply
+
+
+def asked_in(request: Message) -> bytes:
+    """The body of a request of a secure sum."""
+    return cast("bytes", request.content.config_records[HEADER]["body"])
+
+
+def kept_of(one: MeanConsortium, node: int) -> RoundStore:
+    return RoundStore.open(one.site(node) / ROUNDS_FILE)
+
+
+def test_a_liar_in_an_abort_is_left_out_of_the_audit_and_stops_nobody(tmp_path: Path) -> None:
+    """Site 2 does not open the first round, and signs that it had answered a list that nobody asked about."""
+    one = consortium(tmp_path)
+    aborted: list[str] = []
+
+    def first_is_lost(request: Message, reply: Message) -> Message | None:
+        return None if kind_of(request) == "mean-unmask" and not aborted else reply
+
+    def lying(request: Message, reply: Message) -> Message | None:
+        if kind_of(request) != "mean-abort":
+            return first_is_lost(request, reply)
+        round_id = MeanAbortRequest.model_validate_json(asked_in(request)).round_id
+        aborted.append(round_id)
+        said = Burnt.model_validate_json(from_record(reply.content).body)
+        kept = kept_of(one, 2).find(round_id)
+        assert kept is not None
+        identity = load_identity("site-2", one.site(2) / IDENTITY_FILE)
+        signature = identity.sign("burnt", burnt_statement(round_id, kept.progress.context, "ab" * 32)).hex()
+        answer = AnswerOfSite(alive_sha256="ab" * 32, signature=signature)
+        return reseal(one, 2, said.model_copy(update={"answer": answer}), reply)
+
+    one.faults = {2: lying, 4: first_is_lost}
+    strategy = SecureSum(FedAvg(fraction_evaluate=0.0), **one.keys, unmask_timeout_seconds=1)
+    secure = run(strategy, one, rounds=2)
+    assert len(aborted) == 1
+    assert sorted(secure.train_metrics_clientapp) == [2]
+    assert b'"audit"' not in one.all_bytes("reply")
+
+
+def test_rounds_that_were_provably_given_up_never_make_a_site_refuse(tmp_path: Path) -> None:
+    """Three of five are not reached by the unmask, five times; as claims without proof that would be two too many."""
+    one = consortium(tmp_path)
+    app, campaigns, num_unreached = one.app, set[str](), 0
+
+    def reached(message: Message, context: Context) -> Message:
+        nonlocal num_unreached
+        if kind_of(message) == "mean-unmask" and context.node_id >= 3 and num_unreached < 15:
+            campaigns.add(MeanUnmaskRequest.model_validate_json(asked_in(message)).campaign)
+            num_unreached += 1
+            return Message(Error(code=0, reason="not reached"), reply_to=message)
+        return app(message, context)
+
+    one.app = cast("ClientApp", reached)
+    secure = run(SecureSum(FedAvg(fraction_evaluate=0.0), **one.keys), one, rounds=6)
+    assert sorted(secure.train_metrics_clientapp) == [6]
+    (campaign,) = campaigns
+    for node in (1, 2):
+        store = kept_of(one, node)
+        assert store.num_unproven(campaign) == 0
+        assert list(store.unaudited(campaign)) == [f"{campaign}/6"]
+    assert b'"audit"' not in one.all_bytes("reply")
+
+
+@pytest.mark.parametrize("kind", ["copied", "low_order"])
+def test_a_member_with_anothers_or_a_useless_round_key_takes_no_part_and_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    one = consortium(tmp_path)
+    shown: list[Member] = []
+
+    def noted(request: Message, reply: Message) -> Message:
+        if kind_of(request) == "mean-greet":
+            shown.append(HelloReply.model_validate_json(from_record(reply.content).body).member)
+        return reply
+
+    def forged(request: Message, reply: Message) -> Message:
+        if kind_of(request) != "mean-greet":
+            return reply
+        campaign = GreetRequest.model_validate_json(asked_in(request)).campaign
+        said = HelloReply.model_validate_json(from_record(reply.content).body)
+        key = shown[0].public_key if kind == "copied" else bytes(32).hex()
+        member = Member.create(load_identity("site-5", one.site(5) / IDENTITY_FILE), campaign, key, 1)
+        return reseal(one, 5, said.model_copy(update={"member": member}), reply)
+
+    one.faults = {1: noted, 5: forged}
+    secure = run(SecureSum(FedAvg(fraction_evaluate=0.0), **one.keys), one, rounds=1)
+    others = plain(tmp_path, count=4)
+    assert largest_difference(secure.arrays, run(FedAvg(fraction_evaluate=0.0), others, rounds=1).arrays) < FIRST_GRID
+    why = "shows the round key of site-1" if kind == "copied" else "shows a round key of low order"
+    assert f"node 5 does not take part: {why}" in caplog.text
 
 
 def test_nonfinite_update_is_refused_and_the_round_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
