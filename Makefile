@@ -40,6 +40,10 @@ types: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.run campaign_digits
 	$(BIN)/python -m benchmarks.run demo
+	$(BIN)/python -m benchmarks.run secure_sum
+	$(BIN)/python -m benchmarks.run server_memory
+	$(BIN)/python -m benchmarks.run secure_sum_scale
+	$(BIN)/python -m benchmarks.run round_overhead
 	$(BIN)/python -m benchmarks.table
 
 $(VENV)/python-ok:
