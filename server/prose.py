@@ -131,8 +131,9 @@ def max_training_rounds(plan: Plan) -> int:
 
 def _limits(plan: Plan) -> str:
     colluding = plan.privacy.max_colluding_sites
-    who = f"all sites of a round but {colluding}" if colluding else "all sites of a round"
-    note = f"The epsilon holds if {who} add their noise honestly. " if plan.privacy.noise == "shared" else ""
+    who = f"all but {colluding}" if colluding else "all"
+    note = f"The epsilon holds if, of the fewest sites whose sum can be opened, {who} add their noise honestly. "
+    note = note if plan.privacy.noise == "shared" else ""
     if plan.privacy.noise == "shared" and not colluding:
         note += "It holds against the server, not against a fellow site, who knows its own share of the noise. "
     return (
