@@ -26,7 +26,7 @@ from typing import Literal
 
 from urna.client.round_store import RoundStore, connect
 from urna.privacy.accounting import event_from_json
-from urna.protocol.errors import LedgerError, ReplayError
+from urna.protocol.errors import LedgerError, ReplayError, RollbackError
 from urna.protocol.messages import Partition, SpentRow, Stage
 
 GENESIS = "0" * 64
@@ -176,6 +176,23 @@ class Ledger:
         """
         with self._transaction():
             yield
+
+    def head(self) -> tuple[int, str]:
+        """The last entry of the chain: its number and link; what follows later is appended to it."""
+        with _mapped():
+            row = self._db.execute("SELECT seq, link FROM release ORDER BY seq DESC LIMIT 1").fetchone()
+        return (0, GENESIS) if row is None else (int(row[0]), str(row[1]))
+
+    def check_head(self, seq: int, link: str) -> None:
+        """Whether this ledger still holds an entry that it showed before.
+
+        Raises:
+            RollbackError: it does not: this is an older copy, or another.
+        """
+        with _mapped():
+            row = self._db.execute("SELECT link FROM release WHERE seq = ?", (seq,)).fetchone()
+        if (GENESIS if seq == 0 else row and row[0]) != link:
+            raise RollbackError(f"expected entry {seq} as this ledger showed it before, found an older or another ledger")
 
     def reserve(self, release: Release) -> None:
         """Write the release, durably (within `exclusive`: when that ends), before anything is computed for it.

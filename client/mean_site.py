@@ -42,7 +42,7 @@ from urna.protocol.errors import (
     SiteConfigError,
 )
 from urna.protocol.identity import IDENTITY_FILE, ROSTER_FILE, Identity, load_identity, load_roster
-from urna.protocol.messages import AnswerOfSite, Burnt, Envelope, Failure, HelloReply, Masked, Member, Unmasked, seal
+from urna.protocol.messages import AnswerOfSite, Burnt, Envelope, Failure, HelloReply, Masked, Member, Unmasked, signed
 
 ROUNDS_FILE = "rounds.sqlite"
 CODES: tuple[tuple[type[Exception], FailureCode], ...] = (  # the first that fits
@@ -99,7 +99,7 @@ class MeanSite:
         except Exception as error:  # the edge: only a code leaves
             self.log.exception("a request could not be answered")
             code = next((code for kind, code in CODES if isinstance(error, kind)), FailureCode.INTERNAL)
-            return seal(self.rounds.identity, Failure(request_sha256=envelope.sha256, code=code))
+            return signed(self.rounds.identity, Failure(request_sha256=envelope.sha256, code=code))
 
     def _answer(self, envelope: Envelope, received: Received, work: Callable[[], Worked]) -> Envelope:
         request = open_asked(envelope, self.rounds.roster, received.run_id, received.message_type)
@@ -112,13 +112,13 @@ class MeanSite:
                 return self._unmask(envelope, request)
             case MeanAbortRequest():
                 answer = self.rounds.burn(request.campaign, request.round_id)
-                return seal(self.rounds.identity, Burnt(request_sha256=envelope.sha256, answer=answer))
+                return signed(self.rounds.identity, Burnt(request_sha256=envelope.sha256, answer=answer))
 
     def _greet(self, envelope: Envelope, request: GreetRequest) -> Envelope:
         key = self.rounds.store.private_key(request.campaign).public_key().public_bytes_raw().hex()
         member = Member.create(self.rounds.identity, request.campaign, key, num_records=1)  # how many is nobody's business
         hello = HelloReply(request_sha256=envelope.sha256, urna_version=urna.__version__, member=member)
-        return seal(self.rounds.identity, hello)
+        return signed(self.rounds.identity, hello)
 
     def _average(self, envelope: Envelope, request: AverageRequest, received: Received, work: Callable[[], Worked]) -> Envelope:
         rounds, num_sites = self.rounds, len(request.cohort)
@@ -152,7 +152,7 @@ class MeanSite:
             scalars[1] = rounding.num_clamped  # scalars are masked after the vector
 
         upload = rounds.upload(context, rounds.store.private_key(request.campaign), fill, scalars)
-        reply = seal(rounds.identity, Masked(request_sha256=envelope.sha256), upload.to_arrays())
+        reply = signed(rounds.identity, Masked(request_sha256=envelope.sha256), upload.to_arrays())
         with self._transaction():
             rounds.note(audited)
             rounds.keep(context)
@@ -165,7 +165,7 @@ class MeanSite:
 
         def sealed(pads: Bytes, answer: AnswerOfSite) -> bytes:
             reply = Unmasked(request_sha256=envelope.sha256, answer=answer)
-            return seal(self.rounds.identity, reply, {"pads": pads}).to_bytes()
+            return signed(self.rounds.identity, reply, {"pads": pads}).to_bytes()
 
         key = self.rounds.store.private_key(request.campaign)
         return Envelope.from_bytes(self.rounds.unmask(request.round_id, key, request.alive, envelope.sha256, sealed))

@@ -52,6 +52,7 @@ from urna.protocol.errors import (
     PlanError,
     ProtocolError,
     ReplayError,
+    RollbackError,
     SiteConfigError,
     UrnaError,
 )
@@ -88,7 +89,7 @@ from urna.protocol.messages import (
     Unmasked,
     UnmaskRequest,
     open_request,
-    seal,
+    signed,
 )
 from urna.protocol.plan import Name, Plan, Section, explain, read_text
 from urna.protocol.quorum import Quorum
@@ -127,7 +128,7 @@ class Site:
         except Exception as error:  # the edge: whatever happened, only a code leaves
             code = failure_code(error)
             self.log.exception("request failed with code %s", code)
-            return seal(self.identity, Failure(request_sha256=request.sha256, code=code))
+            return signed(self.identity, Failure(request_sha256=request.sha256, code=code))
 
     def _answer(self, envelope: Envelope) -> Envelope:
         request = open_request(envelope, self.roster, OPERATOR)
@@ -152,7 +153,7 @@ class Site:
                 return self._unmask(envelope, request, plan, kept)
             case AbortRequest():
                 answer = self._secure(plan).burn(request.campaign, request.round_id)
-                return seal(self.identity, Burnt(request_sha256=envelope.sha256, answer=answer))
+                return signed(self.identity, Burnt(request_sha256=envelope.sha256, answer=answer))
         return self._release(envelope, request, plan, kept)
 
     def _hello(self, envelope: Envelope, request: HelloRequest) -> Envelope:
@@ -167,13 +168,13 @@ class Site:
         reasons = (*denied, *self._other_split(plan), *self._unfit(plan, request.models))
         if reasons:
             self.log.warning("refused campaign %s: %s", request.campaign, "; ".join(reasons))
-            return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
+            return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
         key = X25519PrivateKey.generate()
         public = key.public_key().public_bytes_raw().hex()
         commitment = hashlib.sha256(bytes.fromhex(graph_nonce(key))).hexdigest()
         member = Member.create(self.identity, request.campaign, public, self.config.data.num_records, commitment)
         hello = HelloReply(request_sha256=envelope.sha256, urna_version=urna.__version__, member=member)
-        reply = seal(self.identity, hello)
+        reply = signed(self.identity, hello)
         row = CampaignRow(
             campaign=request.campaign,
             request_sha256=envelope.sha256,
@@ -214,18 +215,18 @@ class Site:
             reasons = self._reserve(envelope, request, plan)
             if reasons:
                 self.log.warning("refused %s: %s", request.request_id, "; ".join(reasons))
-                return seal(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
+                return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
         grid = Grid(request.step_exp, len(request.cohort), request.ring_bits)
         numbers = grid.to_ring(self._compute(envelope, request, plan, kept, grid))
         said = Masked(request_sha256=envelope.sha256)
         if not plan.federation.secure_sum:  # the policy allows it, and the release is private by itself
-            reply = seal(self.identity, said, named_segments(masked(numbers_of(numbers), len(numbers), grid.ring, [])))
+            reply = signed(self.identity, said, named_segments(masked(numbers_of(numbers), len(numbers), grid.ring, [])))
             self.ledger.settle(request.request_id, reply.to_bytes())
             return reply
         context = context_of(request, plan, len(numbers), envelope.sha256)
         secure = self._secure(plan)
         upload = secure.upload(context, _round_key(kept), numbers_of(numbers))
-        reply = seal(self.identity, said, upload.to_arrays())
+        reply = signed(self.identity, said, upload.to_arrays())
         with self.ledger.exclusive():  # all of it is on disk, or nothing
             self.ledger.settle(request.request_id, reply.to_bytes())
             secure.keep(context)
@@ -236,11 +237,11 @@ class Site:
         for member in request.cohort:
             member.check(self.roster, request.campaign)
         nonce = self._secure(plan).setup(request.campaign, _round_key(kept), request.cohort)
-        return seal(self.identity, SetupReply(request_sha256=envelope.sha256, graph_nonce=nonce))
+        return signed(self.identity, SetupReply(request_sha256=envelope.sha256, graph_nonce=nonce))
 
     def _unmask(self, envelope: Envelope, request: UnmaskRequest, plan: Plan, kept: CampaignRow) -> Envelope:
         def sealed(pads: Bytes, answer: AnswerOfSite) -> bytes:
-            return seal(self.identity, Unmasked(request_sha256=envelope.sha256, answer=answer), {"pads": pads}).to_bytes()
+            return signed(self.identity, Unmasked(request_sha256=envelope.sha256, answer=answer), {"pads": pads}).to_bytes()
 
         reply = self._secure(plan).unmask(request.round_id, _round_key(kept), request.alive, envelope.sha256, sealed)
         return Envelope.from_bytes(reply)
@@ -372,7 +373,7 @@ class Site:
             epsilon=epsilon_of_rows(rows, delta),
             delta=delta,
         )
-        return seal(self.identity, statement)
+        return signed(self.identity, statement)
 
 
 def _heads(request: Summed) -> dict[str, Name]:
@@ -399,6 +400,7 @@ def _round_key(kept: CampaignRow) -> X25519PrivateKey:
 def failure_code(error: Exception) -> FailureCode:
     """The fixed code of an exception; the first match counts."""
     table: list[tuple[type[Exception], FailureCode]] = [
+        (RollbackError, FailureCode.ROLLBACK),
         (LedgerError, FailureCode.LEDGER),
         (SiteConfigError, FailureCode.DATA),
         (ModelError, FailureCode.MODEL),

@@ -14,6 +14,7 @@
         AuditError                an earlier round was not shown to have had one alive list
         NonFiniteError            NaN or infinity where a number is to be clipped
       LedgerError     exit 4      the ledger is missing, altered or busy: nothing is released
+        RollbackError             the ledger is older than one that was shown before
 
 Calling our own code out of order is ``RuntimeError``; a policy's *no* inside the program is a value (``Refusal``).
 What leaves a site is never one of these texts but a `FailureCode`: the text stays in the site's own log.
@@ -90,6 +91,10 @@ class LedgerError(UrnaError):
     exit_code = 4
 
 
+class RollbackError(LedgerError):
+    """The ledger is an older copy, or another, than the one that was shown before; nothing is released."""
+
+
 class FailureCode(StrEnum):
     """All that a site says about a failure of its own: a closed set, so that no text about records can leave."""
 
@@ -100,4 +105,7 @@ class FailureCode(StrEnum):
     NUMERIC = "numeric"  # a non-finite or out-of-range value
     AUDIT = "audit"  # an earlier round was not shown to have had one alive list
     LEDGER = "ledger"  # the ledger cannot record the release
+    ROLLBACK = "rollback"  # the ledger is older than the one that was shown before
+    STALE = "stale"  # the campaign was closed here
+    PAUSED = "paused"  # a person at the site has paused it
     INTERNAL = "internal"  # anything else

@@ -338,7 +338,7 @@ class Envelope:
             raise ProtocolError(f"expected a stored envelope, found other bytes: {type(error).__name__}") from None
 
 
-def seal(identity: Identity, message: Message, arrays: Mapping[str, AnyArray] | None = None) -> Envelope:
+def signed(identity: Identity, message: Message, arrays: Mapping[str, AnyArray] | None = None) -> Envelope:
     """Sign a message with its arrays (float32, uint8 or uint64)."""
     body = message.model_dump_json().encode()
     kept = dict(arrays or {})

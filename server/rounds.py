@@ -49,7 +49,7 @@ from urna.protocol.messages import (
     from_record,
     open_reply,
     read_request,
-    seal,
+    signed,
     to_record,
 )
 from urna.protocol.plan import Plan
@@ -330,8 +330,8 @@ class Rounds:
                 if reply is not None:
                     site = nodes[node]
                     answers[site] = open_reply(reply, self._roster, site, envelope)
-                    signed = {"body": reply.body.decode(), "signature": reply.signature.hex()}
-                    self._journal.once(f"reply/{key}/{site}", lambda signed=signed: signed)  # type: ignore[misc]
+                    kept = {"body": reply.body.decode(), "signature": reply.signature.hex()}
+                    self._journal.once(f"reply/{key}/{site}", lambda kept=kept: kept)  # type: ignore[misc]
             except ProtocolError as error:
                 log.warning("an answer was not believed: %s", error)
         return answers
@@ -358,7 +358,7 @@ class Rounds:
     def _sealed(self, key: str, message: Message, arrays: Mapping[str, AnyArray]) -> Envelope:
         kept = self._journal.find(f"ask/{key}")
         if kept is None:
-            envelope = seal(self._identity, message, arrays)
+            envelope = signed(self._identity, message, arrays)
             value = {"body": envelope.body.decode(), "signature": envelope.signature.hex()}
             kept = self._journal.record(f"ask/{key}", value, dict(envelope.arrays))
         return self._restored(kept.value, kept.arrays)

@@ -45,7 +45,7 @@ from urna.protocol.messages import (
     Member,
     Unmasked,
     open_reply,
-    seal,
+    signed,
 )
 
 GREET_AGAIN_SECONDS = 600.0  # a node that was silent or not believed
@@ -115,7 +115,7 @@ class MeanRounds:
             return
         self._greeted.update(dict.fromkeys(nodes, now))
         request = GreetRequest(campaign=self._campaign, run_id=self._run_id, message_type=message_type)
-        envelope = seal(self._identity, request)
+        envelope = signed(self._identity, request)
         for node, reply in self._ask(nodes, message_type, envelope, seconds):
             try:
                 answer = open_reply(reply, self._roster, reply.sender, envelope)
@@ -138,7 +138,7 @@ class MeanRounds:
     def round(self, batch: Batch, seconds: float) -> Opened | None:
         """Upload and unmask; None when the round is lost."""
         request = self._request(batch)
-        envelope = seal(self._identity, request)
+        envelope = signed(self._identity, request)
         context = context_of(request, sum(one.size for one in batch.before.values()), envelope.sha256)
         role = ServerRole(context)
         for site, answer, reply in self._asked(batch.ask, batch.nodes, request, envelope, seconds):
@@ -211,7 +211,7 @@ class MeanRounds:
         answers: dict[str, AnswerOfSite] = {}
         living = [node for node in nodes if self.members[node].site in holders]
         seconds = self._terms.unmask_timeout_seconds
-        for site, answer, reply in self._asked(self._ask, living, asked, seal(self._identity, asked), seconds):
+        for site, answer, reply in self._asked(self._ask, living, asked, signed(self._identity, asked), seconds):
             try:
                 if not isinstance(answer, Unmasked) or "pads" not in reply.arrays:
                     raise ProtocolError(_why(answer))
@@ -241,7 +241,7 @@ class MeanRounds:
         holders = {context.names[at] for at in context.graph.holders}
         answers: dict[str, AnswerOfSite] = {}
         seconds = self._terms.unmask_timeout_seconds
-        for site, answer, _ in self._asked(self._ask, nodes, asked, seal(self._identity, asked), seconds):
+        for site, answer, _ in self._asked(self._ask, nodes, asked, signed(self._identity, asked), seconds):
             if not isinstance(answer, Burnt) or site not in holders or answer.answer.alive_sha256 not in ("", asked_sha256):
                 continue  # no other list was asked: who says so lies
             if self._is_burnt(context, site, answer.answer):

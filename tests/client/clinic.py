@@ -57,7 +57,7 @@ from urna.protocol.messages import (
     UnmaskRequest,
     open_reply,
     open_request,
-    seal,
+    signed,
 )
 from urna.protocol.plan import Plan
 
@@ -164,7 +164,7 @@ class Clinic:
         return header | {"request_id": f"{self.campaign}/{request_id}"} | changes
 
     def sealed(self, message: Message, arrays: dict[str, AnyArray] | None = None) -> Envelope:
-        return seal(self.operator, message, arrays)
+        return signed(self.operator, message, arrays)
 
     def hello_request_model(self, **changes: Any) -> HelloRequest:
         models = {entry.name: artefact_sha256(entry.name) for entry in self.plan.candidates}

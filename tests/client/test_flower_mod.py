@@ -42,7 +42,7 @@ from urna.protocol.messages import (
     Unmasked,
     from_record,
     open_reply,
-    seal,
+    signed,
 )
 from urna.strategies import SecureSum
 
@@ -100,7 +100,7 @@ class Operator:
     def send(
         self, node: int, request: Asked, content: RecordDict, *, message_type: str | None = None, signer: Identity | None = None
     ) -> Message:
-        envelope = seal(signer or self.identity, request)
+        envelope = signed(signer or self.identity, request)
         message = Message(with_header(content, envelope), node, message_type or request.message_type)
         (reply,) = self.grid.send_and_receive([message])
         return reply
@@ -108,7 +108,7 @@ class Operator:
     def greeted(self, node: int) -> Member:
         request = GreetRequest(campaign=self.campaign, run_id=RUN_ID, message_type="train")
         reply = self.send(node, request, RecordDict())
-        answer = open_reply(from_record(reply.content), self.roster, f"site-{node}", seal(self.identity, request))
+        answer = open_reply(from_record(reply.content), self.roster, f"site-{node}", signed(self.identity, request))
         assert isinstance(answer, HelloReply)
         return answer.member
 
@@ -146,13 +146,13 @@ class Operator:
             campaign=self.campaign, run_id=RUN_ID, message_type="train", round_id=f"{self.campaign}/{number}"
         )
         reply = self.send(node, request, RecordDict())
-        answer = open_reply(from_record(reply.content), self.roster, f"site-{node}", seal(self.identity, request))
+        answer = open_reply(from_record(reply.content), self.roster, f"site-{node}", signed(self.identity, request))
         assert isinstance(answer, Burnt)
         return answer.answer
 
     def context(self, number: int = 1, **changes: object) -> RoundContext:
         request = self.request(number, **changes)
-        return context_of(request, 10, seal(self.identity, request).sha256)
+        return context_of(request, 10, signed(self.identity, request).sha256)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ NAMES = tuple(f"site-{node}" for node in range(1, COUNT + 1))
 def test_a_round_as_it_should_be_opens_the_weighted_mean(operator: Operator) -> None:
     """The positive control of all refusals below."""
     request = operator.request()
-    envelope = seal(operator.identity, request)
+    envelope = signed(operator.identity, request)
     role = ServerRole(operator.context())
     for node, name in enumerate(NAMES, start=1):
         reply = from_record(operator.average(node).content)
@@ -328,7 +328,7 @@ def answered(operator: Operator, node: int, alive: tuple[str, ...]) -> AnswerOfS
     request = MeanUnmaskRequest(
         campaign=operator.campaign, run_id=RUN_ID, message_type="train", round_id=f"{operator.campaign}/1", alive=alive
     )
-    answer = open_reply(reply, operator.roster, f"site-{node}", seal(operator.identity, request))
+    answer = open_reply(reply, operator.roster, f"site-{node}", signed(operator.identity, request))
     assert isinstance(answer, Unmasked)
     return answer.answer
 

@@ -29,7 +29,7 @@ from urna.protocol.messages import (
     Refusal,
     Statement,
     open_reply,
-    seal,
+    signed,
 )
 from urna.protocol.plan import Plan
 
@@ -87,9 +87,9 @@ def test_an_altered_request_is_not_read(clinic: Clinic, what: str) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"\xff", b'{"kind":"pickle"}', b"[" * 10_000])
 def test_a_body_that_is_no_request_is_answered_with_a_code(clinic: Clinic, body: bytes) -> None:
-    good = seal(clinic.operator, clinic.hello_request_model())
-    signed = clinic.operator.sign("message", len(body).to_bytes(8, "big") + body)
-    assert code(clinic.ask(Envelope(good.sender, body, signed))) == FailureCode.BAD_REQUEST
+    good = signed(clinic.operator, clinic.hello_request_model())
+    signature = clinic.operator.sign("message", len(body).to_bytes(8, "big") + body)
+    assert code(clinic.ask(Envelope(good.sender, body, signature))) == FailureCode.BAD_REQUEST
 
 
 def test_a_reply_names_its_request_and_is_signed_by_the_site(clinic: Clinic) -> None:
@@ -312,7 +312,7 @@ def test_a_wrong_head_is_refused_before_it_costs_anything(clinic: Clinic, head: 
 
 def test_a_missing_head_is_refused(clinic: Clinic) -> None:
     request = clinic.train()
-    assert code(clinic.ask(seal(clinic.operator, clinic.read(request), {}))) == FailureCode.BAD_REQUEST
+    assert code(clinic.ask(signed(clinic.operator, clinic.read(request), {}))) == FailureCode.BAD_REQUEST
 
 
 def test_a_candidate_outside_the_plan_is_refused_though_its_hash_was_sent(clinic: Clinic) -> None:

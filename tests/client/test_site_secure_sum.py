@@ -38,7 +38,7 @@ from urna.protocol.messages import (
     Summed,
     Unmasked,
     open_reply,
-    seal,
+    signed,
 )
 
 site_module: Any = importlib.import_module("urna.client.site")  # for what it imports, to be spied on
@@ -1120,5 +1120,5 @@ def test_requests_are_what_the_helper_says(five: Clinic) -> None:
     assert isinstance(five.ask(five.unmask(one, one.without(GONE))), Unmasked)
     assert isinstance(five.ask(five.abort(one)), Burnt)
     assert isinstance(five.ask(five.close([five.audit(one, one.without(GONE))])), Statement)
-    assert seal(five.operator, five.read(five.unmask(one))).sender == "operator"
+    assert signed(five.operator, five.read(five.unmask(one))).sender == "operator"
     assert a_plan().federation.secure_sum

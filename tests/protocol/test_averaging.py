@@ -15,7 +15,7 @@ from urna.protocol.averaging import (
 )
 from urna.protocol.errors import ProtocolError
 from urna.protocol.identity import OPERATOR, Identity, Roster
-from urna.protocol.messages import BODY_LIMIT_BYTES, Envelope, seal
+from urna.protocol.messages import BODY_LIMIT_BYTES, Envelope, signed
 
 OPERATOR_IDENTITY = Identity(OPERATOR, Ed25519PrivateKey.generate())
 SITE = Identity("site-1", Ed25519PrivateKey.generate())
@@ -78,7 +78,7 @@ def test_the_order_of_records_and_of_settings_does_not_matter() -> None:
 
 
 def test_a_header_travels_beside_the_records_and_leaves_them_as_they_were() -> None:
-    whole, envelope = content(), seal(OPERATOR_IDENTITY, GREET)
+    whole, envelope = content(), signed(OPERATOR_IDENTITY, GREET)
     sent = with_header(whole, envelope)
     assert HEADER not in whole
     assert without_header(sent) == envelope
@@ -94,13 +94,13 @@ def test_a_record_of_another_kind_is_no_header() -> None:
 
 
 def test_a_request_is_for_one_run_and_message_type_and_signed_by_the_operator() -> None:
-    assert open_asked(seal(OPERATOR_IDENTITY, GREET), ROSTER, 7, "train") == GREET
+    assert open_asked(signed(OPERATOR_IDENTITY, GREET), ROSTER, 7, "train") == GREET
     for run, kind in ((8, "train"), (7, "evaluate"), (7, "train.other")):
         with pytest.raises(ProtocolError, match="expected a request for run"):
-            open_asked(seal(OPERATOR_IDENTITY, GREET), ROSTER, run, kind)
+            open_asked(signed(OPERATOR_IDENTITY, GREET), ROSTER, run, kind)
     with pytest.raises(ProtocolError, match="expected a message of operator"):
-        open_asked(seal(SITE, GREET), ROSTER, 7, "train")
-    good = seal(OPERATOR_IDENTITY, GREET)
+        open_asked(signed(SITE, GREET), ROSTER, 7, "train")
+    good = signed(OPERATOR_IDENTITY, GREET)
     with pytest.raises(ProtocolError, match="expected a message signed by operator"):
         open_asked(Envelope(OPERATOR, good.body.replace(b'"run_id":7', b'"run_id":8'), good.signature), ROSTER, 8, "train")
     body = b" " * (BODY_LIMIT_BYTES + 1)

@@ -46,7 +46,7 @@ from urna.protocol.messages import (
     from_record,
     open_reply,
     open_request,
-    seal,
+    signed,
     to_record,
 )
 
@@ -77,13 +77,13 @@ def train_request(round_number: int = 1) -> TrainRequest:
     )
 
 
-REQUEST = seal(OPERATOR_IDENTITY, train_request(), {"vector": HEAD})
+REQUEST = signed(OPERATOR_IDENTITY, train_request(), {"vector": HEAD})
 UPLOAD: dict[str, AnyArray] = {
     "segment-000000": np.arange(5, dtype=np.uint8),
     "scalars": np.arange(2, dtype=np.uint64),
     "shares": np.zeros((1, 1, 2), np.uint8),
 }
-REPLY = seal(ONE, Masked(request_sha256=REQUEST.sha256), UPLOAD)
+REPLY = signed(ONE, Masked(request_sha256=REQUEST.sha256), UPLOAD)
 ANSWER, SILENT = (AnswerOfSite(alive_sha256=digest, signature="0" * 128) for digest in (SHA, ""))
 AUDITS = (
     Audit(round_id="c/b", alive=("site-1", "site-2"), answers={"site-1": ANSWER}),
@@ -125,12 +125,12 @@ REPLIES: list[AnyReply] = [
 
 @pytest.mark.parametrize("message", REQUESTS, ids=lambda one: one.kind)
 def test_every_request_arrives_as_it_was_sent(message: AnyRequest) -> None:
-    assert open_request(seal(OPERATOR_IDENTITY, message), ROSTER, OPERATOR) == message
+    assert open_request(signed(OPERATOR_IDENTITY, message), ROSTER, OPERATOR) == message
 
 
 @pytest.mark.parametrize("message", REPLIES, ids=lambda one: one.kind)
 def test_every_reply_arrives_as_it_was_sent(message: AnyReply) -> None:
-    assert open_reply(seal(ONE, message), ROSTER, "site-1", REQUEST) == message
+    assert open_reply(signed(ONE, message), ROSTER, "site-1", REQUEST) == message
 
 
 def with_arrays(**arrays: AnyArray) -> Envelope:
@@ -152,9 +152,9 @@ POSED = f'vector", "float32", [6], "{hashlib.sha256(HEAD.tobytes()).hexdigest()}
         replace(REQUEST, body=REQUEST.body.replace(b"1.5", b"0.5")),
         replace(REQUEST, body=REQUEST.body + b" "),
         replace(REQUEST, signature=bytes(64)),
-        replace(REQUEST, signature=seal(OPERATOR_IDENTITY, train_request(2), {"vector": HEAD}).signature),
-        replace(REQUEST, signature=seal(ONE, train_request(), {"vector": HEAD}).signature),
-        seal(identity(OPERATOR), train_request(), {"vector": HEAD}),
+        replace(REQUEST, signature=signed(OPERATOR_IDENTITY, train_request(2), {"vector": HEAD}).signature),
+        replace(REQUEST, signature=signed(ONE, train_request(), {"vector": HEAD}).signature),
+        signed(identity(OPERATOR), train_request(), {"vector": HEAD}),
         with_arrays(),
         with_arrays(vector=altered(HEAD)),
         with_arrays(vector=HEAD[::-1]),
@@ -177,7 +177,7 @@ def test_a_request_that_the_operator_did_not_sign_is_refused(envelope: Envelope)
 
 def test_two_arrays_cannot_be_swapped() -> None:
     first, second = HEAD, HEAD[::-1].copy()
-    sealed = seal(OPERATOR_IDENTITY, REQUESTS[3], {"vector-0": first, "vector-1": second})
+    sealed = signed(OPERATOR_IDENTITY, REQUESTS[3], {"vector-0": first, "vector-1": second})
     open_request(sealed, ROSTER, OPERATOR)
     with pytest.raises(SignatureError, match="found another or no signature"):
         open_request(replace(sealed, arrays={"vector-0": second, "vector-1": first}), ROSTER, OPERATOR)
@@ -186,7 +186,7 @@ def test_two_arrays_cannot_be_swapped() -> None:
 def test_one_array_cannot_pose_as_two() -> None:
     """Names were once joined by spaces and line breaks: a name that held the line of another array stood for both."""
     first, second = np.ones(2, np.float32), np.ones(3, np.float32)
-    sealed = seal(OPERATOR_IDENTITY, train_request(), {"a": first, "b": second})
+    sealed = signed(OPERATOR_IDENTITY, train_request(), {"a": first, "b": second})
     for line in (f"a float32 (2,) {hashlib.sha256(first.tobytes()).hexdigest()}\nb", "a\nb", "a b", "a,b"):
         posing = replace(sealed, arrays={line: second})
         assert posing.sha256 != sealed.sha256
@@ -196,28 +196,28 @@ def test_one_array_cannot_pose_as_two() -> None:
 
 def test_a_message_in_another_members_name_is_refused() -> None:
     with pytest.raises(ProtocolError, match="expected a message of site-1, found one of 'site-2'"):
-        open_reply(seal(TWO, Masked(request_sha256=REQUEST.sha256)), ROSTER, "site-1", REQUEST)
+        open_reply(signed(TWO, Masked(request_sha256=REQUEST.sha256)), ROSTER, "site-1", REQUEST)
     with pytest.raises(SignatureError, match="expected a message signed by site-1"):
-        open_reply(replace(seal(TWO, Masked(request_sha256=REQUEST.sha256)), sender="site-1"), ROSTER, "site-1", REQUEST)
+        open_reply(replace(signed(TWO, Masked(request_sha256=REQUEST.sha256)), sender="site-1"), ROSTER, "site-1", REQUEST)
     with pytest.raises(ProtocolError, match="expected a message of operator, found one of 'site-1'"):
-        open_request(seal(ONE, train_request()), ROSTER, OPERATOR)
+        open_request(signed(ONE, train_request()), ROSTER, OPERATOR)
 
 
 def test_a_site_without_a_place_in_the_roster_is_refused() -> None:
     stranger = identity("site-3")
     with pytest.raises(SignatureError, match="expected a member of the roster, found 'site-3'"):
-        open_reply(seal(stranger, Masked(request_sha256=REQUEST.sha256)), ROSTER, "site-3", REQUEST)
+        open_reply(signed(stranger, Masked(request_sha256=REQUEST.sha256)), ROSTER, "site-3", REQUEST)
 
 
 def test_replayed_reply_answers_no_other_request() -> None:
-    other = seal(OPERATOR_IDENTITY, train_request(2), {"vector": HEAD})
+    other = signed(OPERATOR_IDENTITY, train_request(2), {"vector": HEAD})
     assert open_reply(REPLY, ROSTER, "site-1", REQUEST) == Masked(request_sha256=REQUEST.sha256)
     with pytest.raises(ProtocolError, match=f"expected site-1's answer to {other.sha256[:12]}, found one to another request"):
         open_reply(REPLY, ROSTER, "site-1", other)
 
 
 def test_a_reply_to_the_same_body_with_another_vector_is_another_reply() -> None:
-    other = seal(OPERATOR_IDENTITY, train_request(), {"vector": altered(HEAD)})
+    other = signed(OPERATOR_IDENTITY, train_request(), {"vector": altered(HEAD)})
     assert other.body == REQUEST.body
     with pytest.raises(ProtocolError, match="found one to another request"):
         open_reply(REPLY, ROSTER, "site-1", other)
@@ -225,9 +225,9 @@ def test_a_reply_to_the_same_body_with_another_vector_is_another_reply() -> None
 
 def test_a_request_does_not_pass_for_a_reply_nor_a_reply_for_a_request() -> None:
     with pytest.raises(ProtocolError, match="expected a reply of version 2 from site-1, found body: union_tag_invalid"):
-        open_reply(seal(ONE, train_request()), ROSTER, "site-1", REQUEST)
+        open_reply(signed(ONE, train_request()), ROSTER, "site-1", REQUEST)
     with pytest.raises(ProtocolError, match="expected a request of version 2, found body: union_tag_invalid"):
-        open_request(seal(OPERATOR_IDENTITY, Masked(request_sha256=SHA)), ROSTER, OPERATOR)
+        open_request(signed(OPERATOR_IDENTITY, Masked(request_sha256=SHA)), ROSTER, OPERATOR)
 
 
 def raw(body: bytes) -> Envelope:
@@ -237,7 +237,7 @@ def raw(body: bytes) -> Envelope:
         def model_dump_json(self, **_: object) -> str:
             return body.decode("latin-1")
 
-    sealed = seal(OPERATOR_IDENTITY, Bare())
+    sealed = signed(OPERATOR_IDENTITY, Bare())
     assert sealed.body.decode() == body.decode("latin-1")
     return sealed
 
@@ -321,7 +321,7 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_read() -> None:
 def test_arrays_of_other_types_are_refused(dtype: str) -> None:
     array: AnyArray = np.zeros(3, dtype=dtype)
     with pytest.raises(ProtocolError, match=r"expected arrays of float32 or uint8 or uint64, found .* in 'vector'"):
-        open_request(seal(OPERATOR_IDENTITY, train_request(), {"vector": array}), ROSTER, OPERATOR)
+        open_request(signed(OPERATOR_IDENTITY, train_request(), {"vector": array}), ROSTER, OPERATOR)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def through_flower(envelope: Envelope) -> Envelope:
 @given(array_sets(), st.text(max_size=30))
 def test_storage_and_the_wire_keep_every_bit(arrays: Mapping[str, AnyArray], event: str) -> None:
     message = Refusal(request_sha256=SHA, reasons=(event,))
-    envelope = seal(ONE, message, arrays)
+    envelope = signed(ONE, message, arrays)
     for carried in (Envelope.from_bytes(envelope.to_bytes()), from_record(to_record(envelope)), through_flower(envelope)):
         assert_same(carried, envelope)
         with pytest.raises(ProtocolError, match="found one to another request"):  # after the signature was found good
@@ -405,7 +405,7 @@ def test_a_carried_message_is_still_signed(carry: Callable[[Envelope], Envelope]
 
 def test_arrays_in_any_layout_are_carried_by_value() -> None:
     grid = np.arange(12, dtype=np.float32).reshape(3, 4)
-    sealed = seal(OPERATOR_IDENTITY, train_request(), {"a": grid.T, "b": grid[:, ::2], "c": np.array(3, np.float32)})
+    sealed = signed(OPERATOR_IDENTITY, train_request(), {"a": grid.T, "b": grid[:, ::2], "c": np.array(3, np.float32)})
     for carried in (Envelope.from_bytes(sealed.to_bytes()), through_flower(sealed)):
         open_request(carried, ROSTER, OPERATOR)
         np.testing.assert_array_equal(carried.arrays["a"], grid.T)
@@ -518,8 +518,8 @@ def test_a_foreign_record_is_refused(content: RecordDict, message: str) -> None:
 
 
 def test_the_hash_covers_body_and_arrays_but_is_not_moved_by_their_order() -> None:
-    one = seal(OPERATOR_IDENTITY, train_request(), {"a": HEAD, "b": HEAD[:2]})
-    other = seal(OPERATOR_IDENTITY, train_request(), {"b": HEAD[:2], "a": HEAD})
+    one = signed(OPERATOR_IDENTITY, train_request(), {"a": HEAD, "b": HEAD[:2]})
+    other = signed(OPERATOR_IDENTITY, train_request(), {"b": HEAD[:2], "a": HEAD})
     assert one.sha256 == other.sha256
     assert len({one.sha256, REQUEST.sha256, replace(REQUEST, body=b"{}").sha256, replace(REQUEST, arrays={}).sha256}) == 4
 
@@ -529,7 +529,7 @@ def test_the_hash_covers_body_and_arrays_but_is_not_moved_by_their_order() -> No
 
 def test_a_wire_array_is_little_endian_on_any_machine() -> None:
     """What a masked scalar's bytes say must not depend on who reads them."""
-    record = to_record(seal(ONE, Masked(request_sha256=SHA), {"scalars": np.array([1, 2**40], np.uint64)}))
+    record = to_record(signed(ONE, Masked(request_sha256=SHA), {"scalars": np.array([1, 2**40], np.uint64)}))
     array = record.array_records["arrays"]["scalars"]
     assert array.data == (1).to_bytes(8, "little") + (2**40).to_bytes(8, "little")
     assert (array.dtype, array.stype) == ("uint64", RAW)
@@ -544,7 +544,7 @@ def test_an_answer_says_which_list_or_that_there_was_none() -> None:
 
 def test_an_audit_cannot_be_changed_under_way() -> None:
     """Who answered what is under the operator's signature, as all of a request is."""
-    sealed = seal(OPERATOR_IDENTITY, REQUESTS[1])
+    sealed = signed(OPERATOR_IDENTITY, REQUESTS[1])
     assert AUDITS[0].answers["site-1"].signature.encode() in sealed.body
     forged = replace(sealed, body=sealed.body.replace(b'"alive":["site-1","site-2"]', b'"alive":["site-1"]'))
     assert forged.body != sealed.body

@@ -13,7 +13,7 @@ from tests.simulator import Fault, Federation, always, entries, lost, once, roun
 from urna.embedded import prepare
 from urna.privacy.accounting import epsilon_of
 from urna.protocol.errors import FailureCode, RefusedError, RoundError
-from urna.protocol.messages import AnyArray, Envelope, Failure, Masked, _signed_bytes, read_request, seal
+from urna.protocol.messages import AnyArray, Envelope, Failure, Masked, _signed_bytes, read_request, signed
 from urna.protocol.plan import Plan, load_plan
 from urna.server.campaign import curve_points
 from urna.server.journal import Journal
@@ -128,7 +128,7 @@ def test_a_site_that_signs_garbage_of_the_right_shape_is_only_bounded_by_the_rin
         arrays: dict[str, AnyArray] = dict(reply.arrays)
         noise = np.arange(arrays["segment-000000"].size, dtype=np.uint32)
         arrays["segment-000000"] = noise.astype(np.uint8)
-        return seal(liar.identity, Masked.model_validate_json(reply.body), arrays)
+        return signed(liar.identity, Masked.model_validate_json(reply.body), arrays)
 
     federation.faults["site-2"] = always(lie, "train")
     federation.run()
@@ -142,7 +142,7 @@ def test_a_site_that_answers_with_a_failure_code_is_named_with_it(tmp_path: Path
 
     def fail(_route: str, reply: Envelope) -> Envelope:
         answered = Masked.model_validate_json(reply.body).request_sha256
-        return seal(site.identity, Failure(request_sha256=answered, code=FailureCode.NUMERIC))
+        return signed(site.identity, Failure(request_sha256=answered, code=FailureCode.NUMERIC))
 
     federation.faults["site-4"] = once(fail, "train")
     federation.run()

@@ -31,7 +31,7 @@ from urna.protocol.messages import (
     Summed,
     Unmasked,
     read_request,
-    seal,
+    signed,
 )
 from urna.protocol.plan import Plan
 from urna.server.rounds import Outcome
@@ -95,7 +95,7 @@ def codes(federation: Federation) -> set[str]:
 def failing(identity: Identity, code: FailureCode = FailureCode.INTERNAL) -> Fault:
     def fault(_route: str, reply: Envelope) -> Envelope:
         answered = json.loads(reply.body)["request_sha256"]
-        return seal(identity, Failure(request_sha256=answered, code=code))
+        return signed(identity, Failure(request_sha256=answered, code=code))
 
     return fault
 
@@ -103,7 +103,7 @@ def failing(identity: Identity, code: FailureCode = FailureCode.INTERNAL) -> Fau
 def refusing(identity: Identity) -> Fault:
     def fault(_route: str, reply: Envelope) -> Envelope:
         answered = json.loads(reply.body)["request_sha256"]
-        return seal(identity, Refusal(request_sha256=answered, reasons=("budget: none is left",)))
+        return signed(identity, Refusal(request_sha256=answered, reasons=("budget: none is left",)))
 
     return fault
 
@@ -115,7 +115,7 @@ def with_arrays(identity: Identity, change: Callable[[dict[str, npt.NDArray[np.u
         arrays = {name: array.copy() for name, array in reply.arrays.items()}
         change(arrays)
         model = Masked if json.loads(reply.body)["kind"] == "masked" else Unmasked
-        return seal(identity, model.model_validate_json(reply.body), arrays)
+        return signed(identity, model.model_validate_json(reply.body), arrays)
 
     return fault
 
@@ -132,7 +132,7 @@ def other_signature(identity: Identity) -> Fault:
         message = Unmasked.model_validate_json(reply.body)
         signature = identity.sign("alive", bytes(32)).hex()
         answer = message.answer.model_copy(update={"signature": signature})
-        return seal(identity, message.model_copy(update={"answer": answer}), reply.arrays)
+        return signed(identity, message.model_copy(update={"answer": answer}), reply.arrays)
 
     return fault
 
@@ -658,7 +658,7 @@ def lying_about_its_list(federation: Federation, name: str) -> Fault:
         statement = burnt_statement("run/final/1", kept.progress.context, "ab" * 32)
         answer = AnswerOfSite(alive_sha256="ab" * 32, signature=site.identity.sign("burnt", statement).hex())
         said = Burnt.model_validate_json(reply.body)
-        return seal(site.identity, said.model_copy(update={"answer": answer}))
+        return signed(site.identity, said.model_copy(update={"answer": answer}))
 
     return fault
 

@@ -26,7 +26,7 @@ from urna.protocol.messages import (
     Masked,
     Member,
     from_record,
-    seal,
+    signed,
     to_record,
 )
 from urna.protocol.plan import Plan
@@ -95,7 +95,7 @@ def in_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def request_of(tmp_path: Path) -> Envelope:
-    return seal(create_identity("operator", tmp_path / "operator.key"), Masked(request_sha256="0" * 64))
+    return signed(create_identity("operator", tmp_path / "operator.key"), Masked(request_sha256="0" * 64))
 
 
 def over(stub: Stub) -> GridTransport:
@@ -252,7 +252,7 @@ def hello_with(identity: Identity, public_key: Callable[[], str]) -> Callable[[s
             return reply
         said = HelloReply.model_validate_json(reply.body)
         member = Member.create(identity, "run", public_key(), said.member.num_records)
-        return seal(identity, said.model_copy(update={"member": member}))
+        return signed(identity, said.model_copy(update={"member": member}))
 
     return fault
 
@@ -452,17 +452,17 @@ def test_planted_numbers_are_found_in_whatever_field_they_travel(tmp_path: Path)
     sha256 = "0" * 64
     masked = Masked(request_sha256=sha256)
     planted = [
-        seal(identity, masked, {"scalars": np.array([346], np.uint64)}),
-        seal(identity, masked, {"vector": np.array([0.5, 346.0], np.float32)}),
-        seal(identity, masked, {"segment-000000": np.array([7, 346], "<u4").view(np.uint8)}),
-        seal(identity, masked, {"pads": np.zeros((346, 32), np.uint8)}),
+        signed(identity, masked, {"scalars": np.array([346], np.uint64)}),
+        signed(identity, masked, {"vector": np.array([0.5, 346.0], np.float32)}),
+        signed(identity, masked, {"segment-000000": np.array([7, 346], "<u4").view(np.uint8)}),
+        signed(identity, masked, {"pads": np.zeros((346, 32), np.uint8)}),
         Envelope("site-1", json.dumps({"kind": "masked", "num_examples": 1}).encode(), b""),
         Envelope("site-1", json.dumps({"kind": "masked", "epsilon": 346}).encode(), b""),
         Envelope("site-1", json.dumps({"kind": "refusal", "reasons": ["data: 346 records are here"]}).encode(), b""),
         Envelope("site-1", json.dumps({"kind": "statement", "rows": [{"event": json.dumps({"n": 346.0})}]}).encode(), b""),
     ]
     assert all(leaks([one], {346}) for one in planted)
-    assert not leaks([seal(identity, masked, {"segment-000000": np.array([7, 345], "<u4").view(np.uint8)})], {346})
+    assert not leaks([signed(identity, masked, {"segment-000000": np.array([7, 345], "<u4").view(np.uint8)})], {346})
     assert not leaks([Envelope("site-1", json.dumps({"sha256": "ab346cd" + sha256}).encode(), b"")], {346})
 
 

@@ -18,7 +18,7 @@ from urna.privacy.secure_sum import burnt_statement
 from urna.protocol.averaging import HEADER, GreetRequest, MeanAbortRequest, MeanUnmaskRequest, RingBits
 from urna.protocol.errors import RoundError, SiteConfigError
 from urna.protocol.identity import IDENTITY_FILE, create_consortium, load_identity
-from urna.protocol.messages import AnswerOfSite, AnyArray, Burnt, HelloReply, Member, Reply, from_record, seal, to_record
+from urna.protocol.messages import AnswerOfSite, AnyArray, Burnt, HelloReply, Member, Reply, from_record, signed, to_record
 from urna.strategies import SecureSum
 from urna.strategies.secure_sum import ALLOWED, REASONS
 
@@ -258,7 +258,7 @@ def test_a_lost_round_keeps_the_arrays_and_the_next_is_opened_after_everybody_sa
 def reseal(one: MeanConsortium, node: int, answer: Reply, reply: Message) -> Message:
     """Another answer, signed by the node's own site."""
     identity = load_identity(f"site-{node}", one.site(node) / IDENTITY_FILE)
-    reply.content = to_record(seal(identity, answer))
+    reply.content = to_record(signed(identity, answer))
     return reply
 
 
