@@ -31,7 +31,7 @@ Folder = Annotated[Path, typer.Argument(help="The site's folder, with site.toml 
 @app.command()
 def check(folder: Folder) -> None:
     """Look at every part of a site's folder: configuration, keys, ledger, records. Nothing is sent or changed."""
-    from urna.client.site import load_site_config
+    from urna.client.config import load_site_config
 
     config = load_site_config(folder)
     _line("ok", f"site.toml  {config.name}")
@@ -52,7 +52,7 @@ def ledger(folder: Folder) -> None:
     """What this site has ever released, and its epsilon at the policy's delta, of each stage and in total."""
     from rich.table import Table
 
-    from urna.client.site import LEDGER_FILE, load_site_config
+    from urna.client.config import LEDGER_FILE, load_site_config
 
     policy = load_site_config(folder).policy
     opened = Ledger.open(folder / LEDGER_FILE)
@@ -80,7 +80,8 @@ def _in_words(event: str) -> str:
 
 
 def _check_keys(folder: Path) -> str:
-    from urna.client.site import load_data_key, load_site_config
+    from urna.client.config import load_site_config
+    from urna.client.site import load_data_key
     from urna.protocol.identity import IDENTITY_FILE, ROSTER_FILE, load_identity, load_roster
 
     name = load_site_config(folder).name
@@ -92,7 +93,7 @@ def _check_keys(folder: Path) -> str:
 
 
 def _check_ledger(folder: Path) -> str:
-    from urna.client.site import LEDGER_FILE, load_site_config
+    from urna.client.config import LEDGER_FILE, load_site_config
 
     opened = Ledger.open(folder / LEDGER_FILE)
     rows = opened.rows()
@@ -105,8 +106,8 @@ def _check_ledger(folder: Path) -> str:
 
 
 def _check_records(folder: Path) -> str:
+    from urna.client.config import load_site_config
     from urna.client.data import load_records
-    from urna.client.site import load_site_config
 
     config = load_site_config(folder).data
     found = len(load_records(folder, config).ids)

@@ -15,7 +15,6 @@ Not covered (yet):
 import hashlib
 import logging
 import os
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from pydantic import ValidationError
 
 import urna
 from urna.client import ballot, evaluation, training
-from urna.client.data import DataConfig, Records, buckets, load_records, split
+from urna.client.config import DATA_KEY_FILE, LEDGER_FILE, SiteConfig, load_site_config
+from urna.client.data import Records, buckets, load_records, split
 from urna.client.ledger import CampaignRow, Ledger, Release
 from urna.client.local_log import local_log
-from urna.client.policy import Denial, Policy, admit_plan, admit_release
+from urna.client.policy import Denial, admit_plan, admit_release
 from urna.client.round_store import Audited
 from urna.client.secure_rounds import SecureRounds, graph_nonce
 from urna.models.catalogue import spec
@@ -91,20 +91,11 @@ from urna.protocol.messages import (
     open_request,
     signed,
 )
-from urna.protocol.plan import Name, Plan, Section, explain, read_text
+from urna.protocol.plan import Name, Plan
 from urna.protocol.quorum import Quorum
 
-CONFIG_FILE, DATA_KEY_FILE, LEDGER_FILE = "site.toml", "data.key", "ledger.sqlite"
 HEAD_LIMIT = 1e4  # of a head's numbers: no record's gradient can overflow at such a head
 Features = npt.NDArray[np.float32]
-
-
-class SiteConfig(Section):
-    """``site.toml``: what this site is called, where its records are, what it allows."""
-
-    name: Name
-    data: DataConfig
-    policy: Policy
 
 
 @dataclass
@@ -445,21 +436,6 @@ def load_data_key(folder: Path) -> bytes:
     if not path.is_file() or path.stat().st_size != 32:
         raise SiteConfigError(f"expected the site's data key (32 bytes) at {path}: restore it, a new one moves records")
     return path.read_bytes()
-
-
-def load_site_config(folder: Path) -> SiteConfig:
-    """Read ``site.toml``.
-
-    Raises:
-        SiteConfigError: missing, not TOML, or a key that is unknown, missing or out of range.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        return SiteConfig.model_validate(tomllib.loads(read_text(path, "site.toml", SiteConfigError)))
-    except tomllib.TOMLDecodeError as error:
-        raise SiteConfigError(f"{path}: expected TOML, found a syntax error: {error}") from None
-    except ValidationError as error:
-        raise SiteConfigError(f"{path}: {explain(error, SiteConfig)}") from None
 
 
 def create_keys(folder: Path, name: str) -> Identity:

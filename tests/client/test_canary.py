@@ -10,7 +10,7 @@ import pytest
 from tests.client.clinic import CANARY
 from tests.simulator import Federation
 from urna import embedded
-from urna.client.site import DATA_KEY_FILE
+from urna.client.config import DATA_KEY_FILE
 from urna.models.pretrain import pretrain
 from urna.protocol.identity import IDENTITY_FILE, OPERATOR_KEY_FILE, SITES_DIR
 from urna.protocol.plan import Plan

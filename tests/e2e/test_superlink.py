@@ -16,9 +16,9 @@ import pytest
 
 import urna
 from tests.e2e.superlink import NAME, LoopbackFederation, federation
+from urna.client.config import LEDGER_FILE
 from urna.client.ledger import Ledger
 from urna.client.local_log import LOG_FILE
-from urna.client.site import LEDGER_FILE
 from urna.embedded import prepare
 from urna.models.pretrain import pretrain
 from urna.privacy.accounting import epsilon_of_rows

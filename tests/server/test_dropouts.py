@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from tests.simulator import Fault, Federation, always, bodies, lost, once, rounds, small, value
+from urna.client.config import LEDGER_FILE
 from urna.client.ledger import Ledger
-from urna.client.site import LEDGER_FILE
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats
 from urna.privacy.ring import Vector

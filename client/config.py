@@ -1,0 +1,59 @@
+"""``site.toml``: what this site is called, where its records are, what it allows, how it reaches the federation."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from urna.client.data import DataConfig
+from urna.client.policy import Policy
+from urna.protocol.errors import SiteConfigError
+from urna.protocol.plan import Name, Section, explain, read_text
+
+CONFIG_FILE, DATA_KEY_FILE, LEDGER_FILE = "site.toml", "data.key", "ledger.sqlite"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class Vault(Section):
+    """``[vault]``: where the ledger and the data key are; nodes that hold the same records share one."""
+
+    folder: str = "."  # relative to the site's folder, or absolute
+    anchor: str = "ledger.anchor"  # the ledger's last head; keep it on another disk than the ledger, out of its backups
+
+
+class Link(Section):
+    """``[link]``: how this site's SuperNode reaches the federation, and how the runner reaches the SuperNode."""
+
+    superlink: str  # host:port of the SuperLink, or of the proxy before it
+    root_certificates: str = "ca.pem"  # relative to the site's folder
+    node_key: str = "node.key"  # the SuperNode's key, which the operator has registered
+    runtime_port: Port = 9094  # of the SuperNode's Runtime API, on 127.0.0.1
+    health_port: Port = 9097  # of the SuperNode's gRPC health service, on 127.0.0.1
+    allowed_bundles: tuple[Sha256, ...] | None = None  # app bundles that a run may come with; none is ever run; None: any
+
+
+class SiteConfig(Section):
+    """``site.toml``."""
+
+    name: Name
+    data: DataConfig
+    policy: Policy
+    vault: Vault = Vault()
+    link: Link | None = None  # None: this site is served by a simulation or a stock ClientApp
+
+
+def load_site_config(folder: Path) -> SiteConfig:
+    """Read ``site.toml``.
+
+    Raises:
+        SiteConfigError: missing, not TOML, or a key that is unknown, missing or out of range.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        return SiteConfig.model_validate(tomllib.loads(read_text(path, "site.toml", SiteConfigError)))
+    except tomllib.TOMLDecodeError as error:
+        raise SiteConfigError(f"{path}: expected TOML, found a syntax error: {error}") from None
+    except ValidationError as error:
+        raise SiteConfigError(f"{path}: {explain(error, SiteConfig)}") from None
