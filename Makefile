@@ -2,6 +2,7 @@
 # make test    add the test extras, run the whole suite
 # make check   what CI runs before the demo: lint, strict types, tests
 # make bench   the measured table of the README
+# make proto   write the site's control messages anew from client/control.proto
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,7 @@ define install
 	else $(BIN)/python -m pip install -q -c constraints.txt $(1); fi
 endef
 
-.PHONY: demo test check lint types bench clean
+.PHONY: demo test check lint types bench proto clean
 
 demo: $(VENV)/installed
 	$(BIN)/urna models pretrain
@@ -45,6 +46,9 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.run secure_sum_scale
 	$(BIN)/python -m benchmarks.run round_overhead
 	$(BIN)/python -m benchmarks.table
+
+proto: $(VENV)/installed-dev
+	$(BIN)/python -m grpc_tools.protoc -I.links --python_out=.links --pyi_out=.links --grpc_python_out=.links urna/client/control.proto
 
 $(VENV)/python-ok:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -35,6 +35,7 @@ from urna.protocol.plan import Plan, VirtualSites
 class Dataset:
     """n labelled images: ids, images (n, h, w) in 0 ... max_value, labels (n,)."""
 
+    name: str
     ids: tuple[str, ...]
     images: npt.NDArray[np.float64]
     labels: npt.NDArray[np.int64]
@@ -48,7 +49,7 @@ def load_dataset(name: str) -> Dataset:
     assert name == "digits"
     bunch = load_digits()
     ids = tuple(f"digits-{index:04d}" for index in range(len(bunch.target)))
-    return Dataset(ids, bunch.images, bunch.target.astype(np.int64), max_value=16.0)
+    return Dataset(name, ids, bunch.images, bunch.target.astype(np.int64), max_value=16.0)
 
 
 def partition(labels: npt.NDArray[np.int64], virtual: VirtualSites, minimum: int = 30) -> list[npt.NDArray[np.int64]]:
@@ -83,7 +84,7 @@ def prepare(run_dir: Path, plan: Plan) -> None:
         raise RunError("the embedded engine needs [federation.virtual] in the plan: add it, or use --federation NAME")
     if (run_dir / ROSTER_FILE).exists():
         return
-    from urna.client.site import create_keys
+    from urna.client.vault import create_keys
 
     dataset = load_dataset(virtual.dataset)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,10 @@ def _site_toml(name: str, num_records: int, dataset: Dataset, plan: Plan) -> str
     return f"""\
 name = {json.dumps(name)}
 
-[data]
+[[dataset]]
+name = {json.dumps(dataset.name)}
+format = "csv"
+modality = "image"
 path = "records.csv"
 num_records = {num_records}
 num_classes = {len(np.unique(dataset.labels))}

@@ -58,7 +58,7 @@ class Pool:
 def pool_of(federation: Federation) -> Pool:
     """Look into every site: only a benchmark may."""
     fraction = federation.plan.evaluation.holdout_fraction
-    parts = [site.split_records(fraction) for site in federation.sites]
+    parts = [site.bench(site.config.dataset[0]).split(fraction) for site in federation.sites]
     images = [np.concatenate([part[at].images for part in parts]) for at in (0, 1)]
     labels = [np.concatenate([part[at].labels for part in parts]) for at in (0, 1)]
     features: list[dict[str, Features]] = [{}, {}]
@@ -131,7 +131,7 @@ def run_federation(plan: Plan) -> tuple[Federation, str, Features, float]:
         vector = np.asarray(entry.arrays["vector"], dtype=np.float32)
         journal.close()
         for site in federation.sites:
-            site.split_records(plan.evaluation.holdout_fraction)  # read before the folder goes
+            site.bench(site.config.dataset[0]).split(plan.evaluation.holdout_fraction)  # read before the folder goes
         return federation, entry.value["candidate"], vector, cpu_seconds
 
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from urna.privacy.ring import Ring, Vector, spans
 from urna.privacy.secure_sum import Bytes, Context, Scalars, ServerRole, SiteRole, Upload
-from urna.protocol.identity import Identity, Roster
+from urna.protocol.identity import OPERATOR, Identity, Roster
 from urna.protocol.messages import Member
 from urna.protocol.quorum import quorum
 
@@ -59,7 +59,7 @@ def cohort(num_sites: int) -> Cohort:
     members = tuple(
         Member.create(one, CAMPAIGN, keys[one.name].public_key().public_bytes_raw().hex(), 1000) for one in identities
     )
-    operator = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    operator = Identity(OPERATOR, Ed25519PrivateKey.generate()).public_key_hex
     return Cohort(members, keys, Roster(operator=operator, sites={one.name: one.public_key_hex for one in identities}))
 
 

@@ -13,7 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("campaign_digits", "demo", "secure_sum", "secure_sum_scale", "server_memory", "round_overhead")
+NAMES = (
+    "campaign_digits",
+    "demo",
+    "secure_sum",
+    "secure_sum_scale",
+    "server_memory",
+    "round_overhead",
+    "site_message",
+    "ledger",
+)
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 

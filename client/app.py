@@ -1,4 +1,4 @@
-"""Flower's ClientApp for simulation and plain Flower: opens the site and calls `Site.handle`; no logic.
+"""Flower's ClientApp for simulation and plain Flower: opens the site and calls `Site.receive`; no logic.
 
 Under the embedded engine a process serves several virtual sites, so open sites are kept by folder.
 """
@@ -7,12 +7,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from flwr.app import Context, Message
+import numpy as np
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from urna.client.local_log import local_log
 from urna.client.site import Site, open_site
-from urna.protocol.messages import from_record, to_record
+from urna.protocol.errors import ProtocolError
+from urna.protocol.sealing import Parcel, from_record, to_record
 
 SITE_DIR_KEY = "site-dir"  # of the SuperNode's --node-config
 
@@ -25,6 +27,16 @@ def _site(folder: Path) -> Site:
     return open_site(folder)
 
 
+def answer_record(site: Site, record: RecordDict) -> RecordDict:
+    """What a site answers to what Flower delivered; a record that holds no parcel gets a code, as one that cannot be opened."""
+    try:
+        parcel = from_record(record)
+    except ProtocolError as error:
+        site.log.warning("%s", error)
+        parcel = Parcel({}, np.empty(0, np.uint8))
+    return to_record(site.receive(parcel))
+
+
 def client_app(folder_of: Callable[[Context], Path]) -> ClientApp:
     """A ClientApp whose every route hands the message to the site in ``folder_of(context)``."""
     app = ClientApp()
@@ -32,11 +44,11 @@ def client_app(folder_of: Callable[[Context], Path]) -> ClientApp:
     def answer(message: Message, context: Context) -> Message:
         folder = folder_of(context)
         try:
-            reply = _site(folder).handle(from_record(message.content))
+            reply = answer_record(_site(folder), message.content)
         except Exception:  # the edge: Flower would send the text to the operator
             local_log(folder.name, folder).exception("a message could not be handled")
             raise RuntimeError("this site cannot answer; its own log says why") from None
-        return Message(content=to_record(reply), reply_to=message)
+        return Message(content=reply, reply_to=message)
 
     app.query("hello")(answer)
     app.query("setup")(answer)

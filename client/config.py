@@ -2,14 +2,14 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from urna.client.data import DataConfig
+from urna.client.dataset import DatasetConfig
 from urna.client.policy import Policy
 from urna.protocol.errors import SiteConfigError
-from urna.protocol.plan import Name, Section, explain, read_text
+from urna.protocol.plan import Name, Plan, Section, explain, read_text
 
 CONFIG_FILE, DATA_KEY_FILE, LEDGER_FILE = "site.toml", "data.key", "ledger.sqlite"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -38,10 +38,26 @@ class SiteConfig(Section):
     """``site.toml``."""
 
     name: Name
-    data: DataConfig
+    dataset: Annotated[tuple[DatasetConfig, ...], Field(min_length=1, max_length=100)]
     policy: Policy
     vault: Vault = Vault()
     link: Link | None = None  # None: this site is served by a simulation or a stock ClientApp
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [one.name for one in self.dataset]
+        if len(set(names)) != len(names):
+            raise ValueError(f"expected data sets of different names, found {', '.join(sorted(names))}: rename one")
+        return self
+
+    def dataset_for(self, plan: Plan) -> DatasetConfig | None:
+        """The records that a plan is about: those that it names, or the first that fit; None if there are none."""
+        task = plan.task
+        for one in self.dataset:
+            fits = one.modality == task.modality and len(one.label_names) == task.num_classes
+            if fits and task.dataset in (None, one.name):
+                return one
+        return None
 
 
 def load_site_config(folder: Path) -> SiteConfig:

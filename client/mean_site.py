@@ -10,7 +10,6 @@ Not covered:
 """
 
 import logging
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import urna
 from urna.client.local_log import local_log
-from urna.client.round_store import RoundStore, connect
+from urna.client.round_store import RoundStore
 from urna.client.secure_rounds import SecureRounds
 from urna.privacy.fixed_point import Rounding
 from urna.privacy.ring import Vector
@@ -82,13 +81,11 @@ class MeanSite:
 
     Args:
         rounds: its side of the secure sum.
-        connection: of the file that ``rounds`` are kept in.
         min_colluding: it takes part only where masks bear that many colluding members.
         log: stays here.
     """
 
     rounds: SecureRounds
-    connection: sqlite3.Connection
     min_colluding: int
     log: logging.Logger
 
@@ -153,7 +150,7 @@ class MeanSite:
 
         upload = rounds.upload(context, rounds.store.private_key(request.campaign), fill, scalars)
         reply = signed(rounds.identity, Masked(request_sha256=envelope.sha256), upload.to_arrays())
-        with self._transaction():
+        with self.rounds.store.exclusive():
             rounds.note(audited)
             rounds.keep(context)
         return reply
@@ -170,20 +167,6 @@ class MeanSite:
         key = self.rounds.store.private_key(request.campaign)
         return Envelope.from_bytes(self.rounds.unmask(request.round_id, key, request.alive, envelope.sha256, sealed))
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Everything inside is on disk when this ends, or nothing."""
-        try:
-            self.connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self.connection.execute("ROLLBACK")
-                raise
-            self.connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise LedgerError(f"the rounds that this site keeps cannot be used: {error}") from None
-
 
 @contextmanager
 def open_mean_site(folder: Path, min_cohort: int, min_colluding: int) -> Iterator[MeanSite]:
@@ -198,16 +181,6 @@ def open_mean_site(folder: Path, min_cohort: int, min_colluding: int) -> Iterato
     name = next((name for name, public in roster.sites.items() if public == key.public_key_hex), None)
     if name is None:
         raise SiteConfigError(f"{folder / ROSTER_FILE} does not list the key in {IDENTITY_FILE}: ask for a new roster")
-    path = folder / ROUNDS_FILE
-    try:
-        path.touch(mode=0o600)
-        connection = connect(path)
-    except (OSError, sqlite3.Error) as error:
-        raise LedgerError(f"the rounds of {path} cannot be kept: {error}") from None
-    with closing(connection):
-        try:
-            store = RoundStore(connection)
-        except sqlite3.Error as error:
-            raise LedgerError(f"the rounds of {path} cannot be kept: {error}") from None
+    with closing(RoundStore.open(folder / ROUNDS_FILE)) as store:
         rounds = SecureRounds(Identity(name, key.private_key), roster, store, min_cohort)
-        yield MeanSite(rounds, connection, min_colluding, local_log(name, folder))
+        yield MeanSite(rounds, min_colluding, local_log(name, folder))

@@ -2,20 +2,26 @@
 
 Covered:
     * every reason at once, for a plan as a whole and for each single release before it happens;
-    * the budget over all campaigns of this site's ledger, and within one.
-Not covered (yet):
-    * human approval, named peers, several operators with budgets of their own.
+    * the budget over all campaigns that records of this data set were in, and within one;
+    * who asks, with which models under which licences, and together with whom: also when a round's survivors are told.
+Not covered:
+    * several operators with budgets of their own: all spend from one;
+    * whether the named peers are honest: they are members whose keys are pinned, no more.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from urna.client.ledger import Release
+from urna.client.ledger_rows import Release
 from urna.privacy.accounting import counted, epsilon_of, epsilon_of_rows
+from urna.protocol.identity import IdentityKeyHex
 from urna.protocol.messages import SpentRow
 from urna.protocol.plan import Name, Plan, Section
+
+Metric = Literal["accuracy", "confusion"]
 
 
 class Policy(Section):
@@ -30,6 +36,11 @@ class Policy(Section):
     threshold_fraction: Annotated[float, Field(ge=2 / 3, le=1)] = 2 / 3  # a plan's may be higher, not lower
     max_unproven_aborts: Annotated[int, Field(ge=0)] = 3  # rounds answered here that a campaign may give up without proof
     candidates: tuple[Name, ...] | None = None  # None: any that this installation knows
+    licences: tuple[str, ...] | None = None  # SPDX identifiers of candidates' weights; None: any
+    operators: tuple[IdentityKeyHex, ...] | None = None  # public keys that may ask; None: the roster's
+    required_peers: tuple[Name, ...] = ()  # sites that must be in every sum that this site is in
+    metrics: tuple[Metric, ...] = ("accuracy", "confusion")  # noisy counts of held-out records that may leave
+    approval_required: bool = False  # a person here must say yes to each campaign: `urna-site approve`
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,26 @@ class Denial:
     reasons: tuple[str, ...]
 
 
-def admit_plan(policy: Policy, plan: Plan, spent: tuple[SpentRow, ...]) -> Grant | Denial:
-    """Decide about a plan as a whole, given everything this site has ever released."""
+def admit_plan(
+    policy: Policy, plan: Plan, spent: tuple[SpentRow, ...], operator: str, licence_of: Mapping[str, str]
+) -> Grant | Denial:
+    """Decide about a plan as a whole.
+
+    Args:
+        policy: this site's policy.
+        plan: what is asked.
+        spent: everything that records of this data set were ever released in.
+        operator: the public key of who asks.
+        licence_of: of the candidates that this installation knows.
+    """
     used = epsilon_of_rows(spent, policy.delta)
     left = policy.epsilon_total - used
     asked = plan.privacy.epsilon
     allowed = None if policy.candidates is None else set(policy.candidates)
     foreign = [c.name for c in plan.candidates if allowed is not None and c.name not in allowed]
+    licences = {c.name: licence_of.get(c.name, "unknown") for c in plan.candidates}
+    barred = [f"{name} ({one})" for name, one in licences.items() if policy.licences is not None and one not in policy.licences]
+    extra = plan.evaluation.metrics_asked - set(policy.metrics)
     checks = [
         (
             asked <= left,
@@ -84,6 +108,9 @@ def admit_plan(policy: Policy, plan: Plan, spent: tuple[SpentRow, ...]) -> Grant
             f"threshold: {plan.federation.threshold_fraction:.3g} of holders open sums, {policy.threshold_fraction:.3g} here",
         ),
         (not foreign, f"candidates: not allowed at this site: {', '.join(foreign)}"),
+        (not barred, f"licences: not allowed at this site: {', '.join(barred)}"),
+        (policy.operators is None or operator in policy.operators, "operator: this site takes no plans of this key"),
+        (not extra, f"metrics: the plan asks for {', '.join(sorted(extra))}, which may not leave this site"),
     ]
     reasons = tuple(reason for fine, reason in checks if not fine)
     return Denial(reasons) if reasons else Grant(epsilon=asked, delta=plan.privacy.delta)
@@ -121,3 +148,9 @@ def admit_release(
     if epsilon_ever > policy.epsilon_total:
         reasons.append(f"budget: this stage would bring the site to epsilon {epsilon_ever:.4g} of {policy.epsilon_total:g}")
     return Denial(tuple(reasons)) if reasons else None
+
+
+def missing_peers(policy: Policy, members: Sequence[str]) -> Denial | None:
+    """Whether everybody is there that this site wants to be summed with."""
+    missing = sorted(set(policy.required_peers) - set(members))
+    return Denial((f"peers: this site releases only together with {', '.join(missing)}",)) if missing else None

@@ -1,46 +1,44 @@
 """The site: `handle(request) -> reply`, whatever carries it: verify, admit, reserve, do, settle.
 
+`receive` is the edge around it: it opens a sealed parcel, compares the ledger head that the operator was last shown with this
+ledger, and seals the answer with the new head.
+
 Covered:
     * a request is read only if the pinned operator signed it; a reply is signed by this site and names its request;
     * nothing is computed on records before the release is reserved in the ledger, and nothing leaves before it is settled;
-    * a repeated request gets the same bytes; a known id with other content is refused;
+    * a repeated request gets the same bytes; a known id with other content is refused, and so is all that comes after a close;
+    * a campaign that needs a person's yes waits for it, without keeping anybody else waiting; a pause stops every release;
     * whatever goes wrong, a fixed code leaves; the text stays in this site's log;
     * nothing is unmasked for a second list of survivors, nor after the operator failed to show what an earlier list was;
     * once a release is reserved, whether it fails does not depend on single records: a record whose gradient is not finite
       counts as zero, and heads that could make one overflow are refused before.
-Not covered (yet):
-    * sealing past the relay, human approval, a ledger head echoed by the operator.
+Not covered:
+    * how long an answer takes, and how large it is, can be seen by the relay.
 """
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
 
 import urna
-from urna.client import ballot, evaluation, training
-from urna.client.config import DATA_KEY_FILE, LEDGER_FILE, SiteConfig, load_site_config
-from urna.client.data import Records, buckets, load_records, split
-from urna.client.ledger import CampaignRow, Ledger, Release
+from urna.client.config import SiteConfig, load_site_config
+from urna.client.dataset import DatasetConfig
+from urna.client.ledger import Ledger
+from urna.client.ledger_rows import CampaignRow, Release, Waiting
 from urna.client.local_log import local_log
-from urna.client.policy import Denial, admit_plan, admit_release
+from urna.client.policy import Denial, admit_plan, admit_release, missing_peers
 from urna.client.round_store import Audited
 from urna.client.secure_rounds import SecureRounds, graph_nonce
-from urna.models.catalogue import spec
-from urna.models.loading import artefact_sha256, load_backbone
-from urna.models.preflight import check_head
-from urna.models.tuning import normalise_for_head, trainable_size
+from urna.client.vault import load_data_key, open_ledger
+from urna.client.work import Workbench, head_of, heads_of
+from urna.models.catalogue import CATALOGUE
+from urna.models.loading import artefact_sha256
 from urna.privacy.accounting import described, epsilon_of_rows
-from urna.privacy.counts import CountLayout
 from urna.privacy.fixed_point import Grid
-from urna.privacy.mechanisms import Integers
-from urna.privacy.release import noisy_sum
 from urna.privacy.ring import masked, numbers_of
 from urna.privacy.secure_sum import Bytes, check_cohort, context_of, named_segments
 from urna.protocol.errors import (
@@ -49,23 +47,16 @@ from urna.protocol.errors import (
     LedgerError,
     ModelError,
     NonFiniteError,
+    PausedError,
     PlanError,
     ProtocolError,
     ReplayError,
     RollbackError,
     SiteConfigError,
+    StaleError,
     UrnaError,
 )
-from urna.protocol.identity import (
-    IDENTITY_FILE,
-    OPERATOR,
-    ROSTER_FILE,
-    Identity,
-    Roster,
-    create_identity,
-    load_identity,
-    load_roster,
-)
+from urna.protocol.identity import IDENTITY_FILE, OPERATOR, ROSTER_FILE, Identity, Roster, load_identity, load_roster
 from urna.protocol.messages import (
     AbortRequest,
     AnswerOfSite,
@@ -75,27 +66,28 @@ from urna.protocol.messages import (
     Envelope,
     EvaluateRequest,
     Failure,
+    Head,
     HelloReply,
     HelloRequest,
     Masked,
     Member,
+    Pending,
     Refusal,
     SetupReply,
     SetupRequest,
     Stage,
     Statement,
     Summed,
-    TrainRequest,
     Unmasked,
     UnmaskRequest,
     open_request,
     signed,
 )
-from urna.protocol.plan import Name, Plan
+from urna.protocol.plan import Plan
 from urna.protocol.quorum import Quorum
+from urna.protocol.sealing import Parcel, seal, unseal
 
-HEAD_LIMIT = 1e4  # of a head's numbers: no record's gradient can overflow at such a head
-Features = npt.NDArray[np.float32]
+MAX_BUNDLES = 1000  # that the ledger remembers
 
 
 @dataclass
@@ -109,8 +101,31 @@ class Site:
     data_key: bytes
     folder: Path
     log: logging.Logger
-    _records: dict[float, tuple[Records, Records]] = field(default_factory=dict)
-    _features: dict[tuple[str, float], tuple[Features, Features]] = field(default_factory=dict)
+    _benches: dict[str, Workbench] = field(default_factory=dict)
+
+    def receive(self, parcel: Parcel) -> Parcel:
+        """Open, compare the echoed ledger head, answer, seal with the new head; never raises: a fixed code leaves."""
+        asked = parcel.sha256  # what a failure names until the request in it is known
+        try:
+            request, echoed = unseal(self.identity, self.roster, parcel, sender=OPERATOR)
+            asked = request.sha256
+            if echoed is not None:
+                self._check_echo(echoed)
+            reply = self.handle(request)
+            head = Head.create(self.identity, *self.ledger.head())
+            return seal(self.identity, self.roster, reply, {OPERATOR: head}, answers=parcel.sha256)
+        except Exception as error:  # the edge, as in `handle`
+            code = failure_code(error)
+            self.log.exception("a parcel failed with code %s", code)
+            failure = signed(self.identity, Failure(request_sha256=asked, code=code))
+            return seal(self.identity, self.roster, failure, {OPERATOR: None}, answers=parcel.sha256)
+
+    def _check_echo(self, head: Head) -> None:
+        """Whether the ledger still holds what it last showed the operator."""
+        if head.site != self.identity.name:
+            raise ProtocolError(f"expected a ledger head of {self.identity.name}, found one of {head.site}")
+        head.check(self.roster)
+        self.ledger.check_head(head.seq, head.link)
 
     def handle(self, request: Envelope) -> Envelope:
         """Answer one request; never raises, and answers a fixed code when something is wrong."""
@@ -123,18 +138,17 @@ class Site:
 
     def _answer(self, envelope: Envelope) -> Envelope:
         request = open_request(envelope, self.roster, OPERATOR)
+        ids = [request.request_id, *([request.round_id] if isinstance(request, UnmaskRequest | AbortRequest) else [])]
+        if not all(one.startswith(f"{request.campaign}/") for one in ids):  # ids of one campaign never meet another's
+            raise ProtocolError(f"expected ids that begin with {request.campaign}/, found {' and '.join(ids)}")
         if isinstance(request, HelloRequest):
             return self._hello(envelope, request)
         kept = self.ledger.campaign(request.campaign)
-        if kept is None:
+        if kept is None or kept.site != self.identity.public_key_hex:
             raise ProtocolError(f"campaign {request.campaign} was never opened here")
         plan = Plan.model_validate_json(kept.plan_json)
         if plan.sha256 != request.plan_sha256:
             raise ProtocolError(f"campaign {request.campaign} was opened with another plan")
-        if isinstance(request, UnmaskRequest | AbortRequest):
-            found = self.ledger.rounds.find(request.round_id)
-            if found is not None and found.campaign != request.campaign:
-                raise ProtocolError(f"expected a round of {request.campaign}, found one of {found.campaign}")
         match request:
             case CloseRequest():
                 return self._statement(envelope, request, plan)
@@ -149,21 +163,31 @@ class Site:
 
     def _hello(self, envelope: Envelope, request: HelloRequest) -> Envelope:
         known = self.ledger.campaign(request.campaign)
-        if known is not None and known.request_sha256 == envelope.sha256:
+        if known is not None and known.request_sha256 == envelope.sha256 and known.site == self.identity.public_key_hex:
             return Envelope.from_bytes(known.reply)
         plan = Plan.model_validate_json(request.plan_json)
         if plan.sha256 != request.plan_sha256:
             raise ProtocolError("the plan and its hash differ")
-        verdict = admit_plan(self.config.policy, plan, self.ledger.rows())
-        denied = verdict.reasons if isinstance(verdict, Denial) else ()
-        reasons = (*denied, *self._other_split(plan), *self._unfit(plan, request.models))
+        if not request.models.keys() <= {entry.name for entry in plan.candidates}:
+            raise ProtocolError("expected hashes of the plan's candidates, found others too")
+        dataset = self.config.dataset_for(plan)
+        number = None if dataset is None else self._registered(dataset)
+        licences = {entry.name: CATALOGUE[entry.name].licence for entry in plan.candidates if entry.name in CATALOGUE}
+        verdict = admit_plan(self.config.policy, plan, self.ledger.rows(dataset=number), self.roster.operator, licences)
+        reasons = (*(verdict.reasons if isinstance(verdict, Denial) else ()), *self._other_split(plan))
+        reasons += self._unfit(plan, request.models) + self._denied(request.campaign, plan)
+        if dataset is None or number is None:
+            asked = plan.task.dataset or f"{plan.task.modality}s of {plan.task.num_classes} classes"
+            reasons += (f"task: this site has no records of {asked}",)
+            return self._refused(envelope, request.campaign, reasons)
         if reasons:
-            self.log.warning("refused campaign %s: %s", request.campaign, "; ".join(reasons))
-            return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
+            return self._refused(envelope, request.campaign, reasons)
+        if self.is_paused or not self._approved(envelope, request, plan):
+            return signed(self.identity, Pending(request_sha256=envelope.sha256))
         key = X25519PrivateKey.generate()
         public = key.public_key().public_bytes_raw().hex()
         commitment = hashlib.sha256(bytes.fromhex(graph_nonce(key))).hexdigest()
-        member = Member.create(self.identity, request.campaign, public, self.config.data.num_records, commitment)
+        member = Member.create(self.identity, request.campaign, public, dataset.num_records, commitment)
         hello = HelloReply(request_sha256=envelope.sha256, urna_version=urna.__version__, member=member)
         reply = signed(self.identity, hello)
         row = CampaignRow(
@@ -174,14 +198,18 @@ class Site:
             round_key=key.private_bytes_raw(),
             reply=reply.to_bytes(),
             graph_commitment=request.graph_commitment,
+            site=self.identity.public_key_hex,
+            dataset=number,
         )
         return Envelope.from_bytes(self.ledger.join(row).reply)
+
+    def _refused(self, envelope: Envelope, what: str, reasons: tuple[str, ...]) -> Envelope:
+        self.log.warning("refused %s: %s", what, "; ".join(reasons))
+        return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
 
     def _unfit(self, plan: Plan, models: dict[str, str]) -> tuple[str, ...]:
         """What this installation lacks for the plan, beside its policy."""
         reasons = []
-        if plan.task.num_classes != self.config.data.num_classes:
-            reasons.append(f"task: this site's records have {self.config.data.num_classes} classes")
         for entry in plan.candidates:
             try:
                 found = artefact_sha256(entry.name)
@@ -197,18 +225,57 @@ class Site:
         others = sorted(self.ledger.holdout_fractions() - {asked})
         return tuple(f"holdout: the plan holds out {asked:g} of the records, this site's releases {one:g}" for one in others)
 
+    # ---- what a person at the site decides
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a person has stopped all releases."""
+        last = self.ledger.noted("pause", "resume")
+        return last is not None and last.event == "pause"
+
+    def _denied(self, campaign: str, plan: Plan) -> tuple[str, ...]:
+        last = self.ledger.noted("approve", "deny", subject=campaign)
+        denied = last is not None and last.event == "deny" and last.detail.get("plan_sha256") == plan.sha256
+        return ("approval: a person at this site said no",) if denied else ()
+
+    def _approved(self, envelope: Envelope, request: HelloRequest, plan: Plan) -> bool:
+        """Whether a person has said yes to this very plan, where the policy asks for one; if not, it waits for them."""
+        if not self.config.policy.approval_required:
+            return True
+        last = self.ledger.noted("approve", "deny", subject=request.campaign)
+        if last is not None and last.event == "approve" and last.detail.get("plan_sha256") == plan.sha256:
+            return True
+        self.ledger.wait(Waiting(request.campaign, envelope.sha256, plan.model_dump_json()))
+        return False
+
+    def _check_open(self, campaign: str, plan: Plan) -> tuple[str, ...]:
+        """Whether anything more may be released for a campaign; why a person says no.
+
+        Raises:
+            StaleError: it was closed.
+            PausedError: a person has stopped all releases.
+        """
+        if self.ledger.noted("close", subject=campaign) is not None:
+            raise StaleError(f"campaign {campaign} was closed here: nothing more is released for it")
+        if self.is_paused:
+            raise PausedError("a person at this site has paused it: `urna-site resume` lets it go on")
+        return self._denied(campaign, plan)
+
+    # ---- releases
+
     def _release(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow) -> Envelope:
         known = self.ledger.find(request.request_id, envelope.sha256)
         if isinstance(known, bytes):
             return Envelope.from_bytes(known)
         shown = self._check(envelope, request, plan, kept)
-        if known is None:
+        reasons = self._check_open(request.campaign, plan)
+        if known is None and not reasons:
             reasons = self._reserve(envelope, request, plan)
-            if reasons:
-                self.log.warning("refused %s: %s", request.request_id, "; ".join(reasons))
-                return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
+        if reasons:
+            return self._refused(envelope, request.request_id, reasons)
+        bench = self.bench(self._dataset(plan))
         grid = Grid(request.step_exp, len(request.cohort), request.ring_bits)
-        numbers = grid.to_ring(self._compute(envelope, request, plan, kept, grid))
+        numbers = grid.to_ring(bench.summand(envelope, request, plan, kept.models, self.identity.name))
         said = Masked(request_sha256=envelope.sha256)
         if not plan.federation.secure_sum:  # the policy allows it, and the release is private by itself
             reply = signed(self.identity, said, named_segments(masked(numbers_of(numbers), len(numbers), grid.ring, [])))
@@ -231,6 +298,10 @@ class Site:
         return signed(self.identity, SetupReply(request_sha256=envelope.sha256, graph_nonce=nonce))
 
     def _unmask(self, envelope: Envelope, request: UnmaskRequest, plan: Plan, kept: CampaignRow) -> Envelope:
+        alone = missing_peers(self.config.policy, request.alive)
+        if alone is not None:
+            return self._refused(envelope, request.request_id, alone.reasons)
+
         def sealed(pads: Bytes, answer: AnswerOfSite) -> bytes:
             return signed(self.identity, Unmasked(request_sha256=envelope.sha256, answer=answer), {"pads": pads}).to_bytes()
 
@@ -255,13 +326,15 @@ class Site:
         plan.check_sizes([member.num_records for member in request.cohort])
         if request.planned_count > plan.max_planned_count:
             raise ProtocolError(f"expected at most {plan.max_planned_count} planned releases, found {request.planned_count}")
-        heads = _heads(request)
+        heads = heads_of(request)
         asked = request.candidates if isinstance(request, BallotRequest) else tuple(heads.values())
         foreign = set(asked) - {entry.name for entry in plan.candidates}  # the policy allowed the plan's, no others
         if foreign:
             raise ProtocolError(f"expected candidates of the plan, found {', '.join(sorted(foreign))}")
         for name, candidate in heads.items():
-            self._vector(envelope, name, candidate, plan)
+            head_of(envelope, name, candidate, plan)
+        if isinstance(request, EvaluateRequest) and request.detail and not plan.evaluation.confusion:
+            raise ProtocolError("expected counts without a confusion matrix, as the plan says; found a request for one")
         secure = self._secure(plan)
         if plan.federation.secure_sum:
             quorum = _quorum(plan, len(request.cohort))
@@ -274,11 +347,14 @@ class Site:
     def _reserve(self, envelope: Envelope, request: Summed, plan: Plan) -> tuple[str, ...]:
         """Write the reservation, or why not: decided and written while no other process of this site can spend."""
         partition, event, count = described(request, plan)
-        release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count)
+        number = self._registered(self._dataset(plan))
+        release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count, number)
         with self.ledger.exclusive():
-            here, ever = self.ledger.rows(request.campaign), self.ledger.rows()
+            here, ever = self.ledger.rows(request.campaign), self.ledger.rows(dataset=number)
             denial = admit_release(self.config.policy, plan, release, request.planned_count * count, here, ever)
-            reasons = (*(denial.reasons if denial else ()), *self._other_split(plan))
+            alone = missing_peers(self.config.policy, [member.site for member in request.cohort])
+            denials = [one for one in (denial, alone) if one is not None]
+            reasons = (*(reason for one in denials for reason in one.reasons), *self._other_split(plan))
             if not reasons:
                 self.ledger.reserve(release)
         return reasons
@@ -286,73 +362,27 @@ class Site:
     def _min_cohort(self, plan: Plan) -> int:
         return max(plan.federation.min_sites, self.config.policy.min_cohort)
 
-    def _compute(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow, grid: Grid) -> Integers:
-        """The site's summand, in grid units, its share of the noise included."""
-        parties = plan.noise_parties(len(request.cohort))
-        nm = request.noise_multiplier
-        match request:
-            case BallotRequest():
-                rows = self._votes(request, plan, kept)
-                return noisy_sum(rows, plan.ballot.clip, nm, grid, num_noise_parties=parties, sensitivity_clips=2)
-            case TrainRequest():
-                return self._train(envelope, request, plan, kept, grid, parties)
-            case EvaluateRequest():
-                layout = CountLayout(len(request.candidates), plan.task.num_classes if request.detail else 0)
-                features = [normalise_for_head(self._both(name, plan, kept)[1]) for name in request.candidates]
-                vectors = [self._vector(envelope, name, one, plan) for name, one in _heads(request).items()]
-                held = self.split_records(plan.evaluation.holdout_fraction)[1]
-                rows = evaluation.count_rows(features, vectors, held.labels, layout)
-                return noisy_sum(rows, 1.0, nm, grid, num_noise_parties=parties)
-        raise ProtocolError(f"no work is known for a {type(request).__name__}")
+    def _dataset(self, plan: Plan) -> DatasetConfig:
+        found = self.config.dataset_for(plan)
+        if found is None:
+            raise SiteConfigError(
+                "expected the records that this campaign was joined with, found none in site.toml: restore them"
+            )
+        return found
 
-    def _votes(self, request: BallotRequest, plan: Plan, kept: CampaignRow) -> npt.NDArray[np.float64]:
-        tuning = self.split_records(plan.evaluation.holdout_fraction)[0]
-        count = plan.num_buckets(self.config.data.num_records)
-        features = [self._both(name, plan, kept)[0] for name in request.candidates]
-        return ballot.votes(features, tuning.labels, buckets(tuning, self.data_key, count), count)
+    def bench(self, dataset: DatasetConfig) -> Workbench:
+        """The open records of one of this site's data sets."""
+        return self._benches.setdefault(dataset.name, Workbench(self.folder, dataset, self.data_key))
 
-    def _train(
-        self, envelope: Envelope, request: TrainRequest, plan: Plan, kept: CampaignRow, grid: Grid, parties: int
-    ) -> Integers:
-        check_head(spec(request.candidate).feature_dim, plan.task.num_classes, seed=0)
-        tuning = self.split_records(plan.evaluation.holdout_fraction)[0]
-        data = training.TuningSet(normalise_for_head(self._both(request.candidate, plan, kept)[0]), tuning.labels)
-        vector = self._vector(envelope, "vector", request.candidate, plan)
-        if plan.privacy.noise == "shared":
-            return training.shared_step(data, vector, plan, request.noise_multiplier, grid, parties)
-        declared = {member.site: member.num_records for member in request.cohort}
-        own = declared[self.identity.name]
-        batch = plan.final.sample_rate * own * (1 - plan.evaluation.holdout_fraction)
-        change = training.local_steps(data, vector, plan, request.noise_multiplier, batch)
-        return grid.quantise(change * (own / sum(declared.values())))
-
-    def _vector(self, envelope: Envelope, name: str, candidate: str, plan: Plan) -> npt.NDArray[np.float32]:
-        vector = envelope.arrays.get(name)
-        size = trainable_size(spec(candidate).feature_dim, plan.task.num_classes)
-        if vector is None or vector.shape != (size,) or vector.dtype != np.float32:
-            raise ProtocolError(f"expected a float32 head ({size},) in array {name!r}")
-        if not (np.abs(vector) <= HEAD_LIMIT).all():  # false for NaN too
-            raise ProtocolError(f"expected a head of numbers up to {HEAD_LIMIT:g}, found larger ones or NaN")
-        return np.asarray(vector, dtype=np.float32)
-
-    def split_records(self, fraction: float) -> tuple[Records, Records]:
-        """Tuning and held-out records, read once."""
-        if fraction not in self._records:
-            self._records[fraction] = split(load_records(self.folder, self.config.data), self.data_key, fraction)
-        return self._records[fraction]
-
-    def _both(self, candidate: str, plan: Plan, kept: CampaignRow) -> tuple[Features, Features]:
-        """Frozen features of the tuning and held-out records, computed once."""
-        key = (kept.models[candidate], plan.evaluation.holdout_fraction)
-        if key not in self._features:
-            backbone = load_backbone(candidate, expected_sha256=kept.models[candidate])
-            tuning, held = self.split_records(plan.evaluation.holdout_fraction)
-            self._features[key] = (backbone.features(tuning.images), backbone.features(held.images))
-        return self._features[key]
+    def _registered(self, dataset: DatasetConfig) -> int:
+        """The records' number in the ledger: by what they are, not by what they are called."""
+        return self.ledger.register(dataset.name, self.bench(dataset).sketch())
 
     def _statement(self, envelope: Envelope, request: CloseRequest, plan: Plan) -> Envelope:
         secure = self._secure(plan)
         secure.note(secure.check_audits(request.campaign, request.audits))
+        if self.ledger.noted("close", subject=request.campaign) is None:
+            self.ledger.note("close", request.campaign, plan_sha256=plan.sha256)
         rows = self.ledger.rows(request.campaign)
         delta = plan.privacy.delta
         stages: list[Stage] = list(dict.fromkeys(row.stage for row in rows))
@@ -366,15 +396,15 @@ class Site:
         )
         return signed(self.identity, statement)
 
+    def saw_bundle(self, sha256: str, run_id: int) -> None:
+        """Record an app bundle that a run came with; none is ever run here. Whoever sends thousands fills no disk."""
+        seen = self.ledger.all_noted("bundle")
+        if len(seen) < MAX_BUNDLES and sha256 not in {one.subject for one in seen}:
+            self.ledger.note("bundle", sha256, run=str(run_id))
 
-def _heads(request: Summed) -> dict[str, Name]:
-    """The arrays that a request brings: the name of each, and the candidate whose head it is."""
-    match request:
-        case TrainRequest():
-            return {"vector": request.candidate}
-        case EvaluateRequest():
-            return {f"vector-{at}": name for at, name in enumerate(request.candidates)}
-    return {}
+    def close(self) -> None:
+        """Close the ledger."""
+        self.ledger.close()
 
 
 def _quorum(plan: Plan, num_sites: int) -> Quorum:
@@ -396,11 +426,13 @@ def failure_code(error: Exception) -> FailureCode:
         (SiteConfigError, FailureCode.DATA),
         (ModelError, FailureCode.MODEL),
         (ReplayError, FailureCode.REPLAY_CHANGED),
+        (StaleError, FailureCode.STALE),
         (AuditError, FailureCode.AUDIT),
         (NonFiniteError, FailureCode.NUMERIC),
         (PlanError, FailureCode.BAD_REQUEST),
         (ProtocolError, FailureCode.BAD_REQUEST),
         (ValidationError, FailureCode.BAD_REQUEST),
+        (PausedError, FailureCode.PAUSED),
         (UrnaError, FailureCode.INTERNAL),
         (ArithmeticError, FailureCode.NUMERIC),
     ]
@@ -419,36 +451,8 @@ def open_site(folder: Path) -> Site:
         config=config,
         identity=load_identity(config.name, folder / IDENTITY_FILE),
         roster=load_roster(folder / ROSTER_FILE),
-        ledger=Ledger.open(folder / LEDGER_FILE),
-        data_key=load_data_key(folder),
+        ledger=open_ledger(folder, config.vault),
+        data_key=load_data_key(folder, config.vault),
         folder=folder,
         log=local_log(config.name, folder),
     )
-
-
-def load_data_key(folder: Path) -> bytes:
-    """Read the key of the records' split and buckets.
-
-    Raises:
-        SiteConfigError: missing, or not 32 bytes.
-    """
-    path = folder / DATA_KEY_FILE
-    if not path.is_file() or path.stat().st_size != 32:
-        raise SiteConfigError(f"expected the site's data key (32 bytes) at {path}: restore it, a new one moves records")
-    return path.read_bytes()
-
-
-def create_keys(folder: Path, name: str) -> Identity:
-    """Make a site's identity, data key and empty ledger: once, at its own machine.
-
-    Raises:
-        SiteConfigError: there are some already.
-        LedgerError: there is a ledger already.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = create_identity(name, folder / IDENTITY_FILE)
-    descriptor = os.open(folder / DATA_KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(os.urandom(32))
-    Ledger.create(folder / LEDGER_FILE).close()
-    return identity

@@ -5,6 +5,9 @@ share of the noise. ``noise = "local"``: many DP-SGD steps (Abadi et al. 2016, a
 change of the head is what leaves, weighted by declared sizes.
 
 Constants of the plan, never of the data: sample_rate, max_grad_norm, the number of steps, what sums are divided by.
+
+What is sampled and clipped is a unit of privacy: a record, or a person with all of their records, whose gradients are averaged
+before the clip. So adding or removing a person changes a sum by at most one clip.
 """
 
 import math
@@ -25,24 +28,45 @@ LOCAL_GRID_BITS = 24  # a local step's clip is about 2**24 grid units; nothing o
 
 @dataclass(frozen=True)
 class TuningSet:
-    """What a head is trained on at one site: features (n, d) float32 of bounded norm, labels (n,) int64."""
+    """What a head is trained on at one site.
+
+    Args:
+        features: (n, d) float32 of bounded norm.
+        labels: (n,) int64.
+        groups: (n,) int64, each record's unit of privacy, 0 ... u - 1; every record its own where records are the unit.
+    """
 
     features: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
 
 
 def sample_gradients(data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan) -> Floats:
-    """Unclipped gradients (b, p) of a fresh Poisson sample at ``vector`` (p,); b may be 0.
+    """Unclipped gradients (b, p) of a fresh Poisson sample of units at ``vector`` (p,); b may be 0.
 
     A record whose gradient is not finite contributes zero. An error instead would tell, without noise, that such a record
     was sampled; zero is a function of that record alone, so the clip's argument holds.
     """
-    chosen = poisson_sample(len(data.labels), plan.final.sample_rate)
+    num_units = int(data.groups.max(initial=-1)) + 1
+    chosen = poisson_sample(num_units, plan.final.sample_rate)[data.groups]  # (n,)
     head = head_from_vector(vector, data.features.shape[1], plan.task.num_classes)
     features, labels = torch.from_numpy(data.features[chosen]), torch.from_numpy(data.labels[chosen])
     rows = np.asarray(per_example_gradients(head, features, labels).numpy(), dtype=np.float64)
     rows[~np.isfinite(rows).all(axis=1)] = 0.0
-    return rows
+    return unit_means(rows, data.groups[chosen])
+
+
+def unit_means(rows: Floats, groups: npt.NDArray[np.int64]) -> Floats:
+    """Average each unit's rows: (n, p) and (n,) -> (number of different units, p), ordered by unit.
+
+    A mean of rows of norm at most r has norm at most r, so what held for one record holds for one person.
+    """
+    _, position, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(counts) == len(rows):
+        return rows  # every record is a unit
+    sums = np.zeros((len(counts), rows.shape[1]))
+    np.add.at(sums, position, rows)
+    return np.asarray(sums / counts[:, None])
 
 
 def shared_step(

@@ -6,15 +6,19 @@
         SiteConfigError           site.toml, or the records it points to
         ModelError                a model file that is missing, altered, or of a kind that is never opened
         RunError                  a run folder that is none, or is in use
+        ControlError              what a person told a site's runner cannot be done, or must not be told at this place
       RefusedError    exit 3      a site's policy said no (the reasons are in the message)
       RoundError      exit 4      a round could not be completed with the minimum cohort
+      PausedError     exit 4      a person at the site has stopped all releases
       ProtocolError   exit 4      a peer sent what the protocol does not allow
         SignatureError            not signed by whom it claims
         ReplayError               a known request id with other content
+        StaleError                a campaign that was closed
         AuditError                an earlier round was not shown to have had one alive list
         NonFiniteError            NaN or infinity where a number is to be clipped
       LedgerError     exit 4      the ledger is missing, altered or busy: nothing is released
         RollbackError             the ledger is older than one that was shown before
+      RunnerError     exit 4      a site's runner does not answer its own people, or failed
 
 Calling our own code out of order is ``RuntimeError``; a policy's *no* inside the program is a value (``Refusal``).
 What leaves a site is never one of these texts but a `FailureCode`: the text stays in the site's own log.
@@ -51,6 +55,10 @@ class RunError(BadInputError):
     """A run folder is none, or another process works in it."""
 
 
+class ControlError(BadInputError):
+    """What a person told a site's runner cannot be done: an unknown campaign, another plan, a socket of someone else."""
+
+
 class RefusedError(UrnaError):
     """A site's policy said no."""
 
@@ -59,6 +67,12 @@ class RefusedError(UrnaError):
 
 class RoundError(UrnaError):
     """A round could not be completed with the minimum cohort."""
+
+    exit_code = 4
+
+
+class PausedError(UrnaError):
+    """A person at the site has stopped all releases."""
 
     exit_code = 4
 
@@ -77,6 +91,10 @@ class ReplayError(ProtocolError):
     """A request id that was answered before came with other content."""
 
 
+class StaleError(ProtocolError):
+    """A request for a campaign that was closed."""
+
+
 class AuditError(ProtocolError):
     """A server did not show that an earlier round had one alive list for everybody, or showed that it had two."""
 
@@ -93,6 +111,12 @@ class LedgerError(UrnaError):
 
 class RollbackError(LedgerError):
     """The ledger is an older copy, or another, than the one that was shown before; nothing is released."""
+
+
+class RunnerError(UrnaError):
+    """A site's runner does not answer its own people, or failed."""
+
+    exit_code = 4
 
 
 class FailureCode(StrEnum):

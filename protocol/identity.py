@@ -1,22 +1,30 @@
-"""Who speaks: Ed25519 identities (RFC 8032), pinned in a roster that is made once, out of band.
+"""Who speaks, and who may read: Ed25519 identities (RFC 8032), pinned in a roster that is made once, out of band.
 
 Flower's node ids are never identities: any node that reaches the link can file a message in another's name. So
-every Urna message is signed by its sender, and a name means the key that the roster pins to it.
+every Urna message is signed by its sender, and a name means the keys that the roster pins to it. A member has one secret of 32
+bytes: the Ed25519 key that it signs with, from which the X25519 key that others seal to is derived (see `sealing`).
 
 Covered:
-    * forged and altered messages; messages in another member's name; keys that the roster does not list.
-Not covered (yet):
-    * confidentiality towards the relay: bodies are signed, not sealed; masked vectors are hidden by their masks.
+    * forged and altered messages; messages in another member's name; keys that the roster does not list;
+    * one member under two names, by either key; sealing keys with which no secret can be shared.
+Not covered:
+    * a stolen identity file: who has it reads everything that was ever sealed to this member, earlier parcels included;
+    * replacing a key: the roster is pinned, a new key is a new roster at every member.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from urna.protocol.errors import SignatureError, SiteConfigError
@@ -24,28 +32,46 @@ from urna.protocol.plan import Name, explain, read_text
 
 OPERATOR = "operator"
 OPERATOR_KEY_FILE, ROSTER_FILE, SITES_DIR, IDENTITY_FILE = "operator.key", "roster.json", "sites", "identity.key"
-PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PublicKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # one key
+IdentityKeyHex = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]  # Ed25519, then X25519
+FIELD_PRIME = 2**255 - 19  # of X25519: larger numbers are second names of smaller ones
 
 
 class Roster(BaseModel, frozen=True, extra="forbid"):
-    """The pinned Ed25519 public keys (hex) of the operator and of every member site."""
+    """The pinned public keys (hex, Ed25519 then X25519) of the operator and of every member site."""
 
-    operator: PublicKeyHex
-    sites: dict[Name, PublicKeyHex]
+    operator: IdentityKeyHex
+    sites: dict[Name, IdentityKeyHex]
 
     @model_validator(mode="after")
     def _one_key_one_member(self) -> Self:
         """A cohort is counted by names: one member under two would count twice."""
-        keys = [self.operator, *self.sites.values()]
         if OPERATOR in self.sites:
             raise ValueError(f"a site may not be called {OPERATOR}: rename it")
-        if len(set(keys)) != len(keys):
-            twice = sorted(name for name, key in [(OPERATOR, self.operator), *self.sites.items()] if keys.count(key) > 1)
-            raise ValueError(f"each member must have its own key, found one of {', '.join(twice)} twice: make another")
+        members = {OPERATOR: self.operator, **self.sites}
+        for half in (slice(0, 64), slice(64, 128)):
+            count = Counter(key[half] for key in members.values())
+            twice = sorted(name for name, key in members.items() if count[key[half]] > 1)
+            if twice:
+                raise ValueError(f"each member must have its own key, found one of {', '.join(twice)} twice: make another")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sealed_to(self) -> Self:
+        probe = X25519PrivateKey.generate()
+        for name, key in {OPERATOR: self.operator, **self.sites}.items():
+            raw = bytes.fromhex(key[64:])
+            try:
+                probe.exchange(X25519PublicKey.from_public_bytes(raw))
+                usable = int.from_bytes(raw, "little") < FIELD_PRIME
+            except ValueError:  # the shared secret would be zero
+                usable = False
+            if not usable:
+                raise ValueError(f"the second key of {name} shares no secret with anyone: ask {name} for its real one")
         return self
 
     def key_of(self, name: str) -> str:
-        """The pinned key of a member.
+        """The pinned keys of a member.
 
         Raises:
             SignatureError: the roster lists no such member.
@@ -55,18 +81,33 @@ class Roster(BaseModel, frozen=True, extra="forbid"):
             raise SignatureError(f"expected a member of the roster, found {name!r}: ask for a new roster")
         return key
 
+    def sealing_key_of(self, name: str) -> X25519PublicKey:
+        """What is sealed to a member is sealed to this key.
+
+        Raises:
+            SignatureError: the roster lists no such member.
+        """
+        return X25519PublicKey.from_public_bytes(bytes.fromhex(self.key_of(name)[64:]))
+
 
 @dataclass(frozen=True)
 class Identity:
-    """A name with its private key."""
+    """A name with its private key, from which the key that others seal to is derived."""
 
     name: str
     private_key: Ed25519PrivateKey
 
+    @cached_property
+    def sealing_key(self) -> X25519PrivateKey:
+        """Opens what was sealed to this member."""
+        derive = HKDF(SHA256(), 32, salt=None, info=b"urna/1 sealing key")
+        return X25519PrivateKey.from_private_bytes(derive.derive(self.private_key.private_bytes_raw()))
+
     @property
     def public_key_hex(self) -> str:
-        """The public key as the roster lists it."""
-        return self.private_key.public_key().public_bytes_raw().hex()
+        """Both public keys as the roster lists them."""
+        signing, sealing = self.private_key.public_key(), self.sealing_key.public_key()
+        return (signing.public_bytes_raw() + sealing.public_bytes_raw()).hex()
 
     def sign(self, purpose: str, data: bytes) -> bytes:
         """Sign ``data`` for one ``purpose``, bound to this name."""
@@ -79,7 +120,7 @@ def verify(roster: Roster, name: str, purpose: str, data: bytes, signature: byte
     Raises:
         SignatureError: it did not, or is not in the roster.
     """
-    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(roster.key_of(name)))
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(roster.key_of(name)[:64]))
     try:
         key.verify(signature, _bound(purpose, name, data))
     except InvalidSignature:
@@ -87,8 +128,12 @@ def verify(roster: Roster, name: str, purpose: str, data: bytes, signature: byte
 
 
 def _bound(purpose: str, name: str, data: bytes) -> bytes:
-    """Length-prefixed, so that no two (purpose, name, data) give the same bytes."""
-    return b"".join(len(part).to_bytes(8, "big") + part for part in (b"urna/1", purpose.encode(), name.encode(), data))
+    return length_prefixed(b"urna/1", purpose.encode(), name.encode(), data)
+
+
+def length_prefixed(*parts: bytes) -> bytes:
+    """One byte string of several: no two lists of parts give the same."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 
 
 def create_identity(name: str, path: Path) -> Identity:

@@ -11,12 +11,14 @@
 
 The second exchange of a round is `unmask`. The next request shows all sites what each signed in it (`Audit`).
 
-Any reply may be a `Refusal` (policy: all reasons at once) or a `Failure` (a fixed code, never a text).
+Any reply may be a `Refusal` (policy: all reasons at once) or a `Failure` (a fixed code, never a text). The reply to a hello may
+be `Pending` (a person at the site must approve first): the operator asks the same bytes again later.
 
 Covered:
     * the signature binds sender, body and every array's bytes, shape and type; a reply names the request it answers.
 Not covered:
-    * freshness by clock: a request id is answered once with the same bytes, whenever it is repeated.
+    * freshness by clock: a request id is answered once with the same bytes, whenever it is repeated;
+    * who may read it: `sealing` encrypts a whole envelope past the relay.
 """
 
 import hashlib
@@ -30,7 +32,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from urna.protocol.errors import FailureCode, ProtocolError, SignatureError
-from urna.protocol.identity import Identity, PublicKeyHex, Roster, verify
+from urna.protocol.identity import Identity, PublicKeyHex, Roster, length_prefixed, verify
 from urna.protocol.plan import Name
 
 if TYPE_CHECKING:
@@ -95,6 +97,35 @@ class Member(Message):
             raise SignatureError(f"expected a site of the roster, found {self.site!r}: ask for a new roster")
         data = _member_bytes(campaign, self.public_key, self.num_records, self.graph_commitment)
         verify(roster, self.site, "member", data, bytes.fromhex(self.signature))
+
+
+class Head(Message):
+    """The last entry of a site's ledger, signed by the site: whoever was shown it can tell an older copy of that ledger."""
+
+    site: Name
+    seq: Annotated[int, Field(ge=0, lt=2**63)]
+    link: Sha256
+    signature: SignatureHex
+
+    @staticmethod
+    def create(identity: Identity, seq: int, link: str) -> "Head":
+        """Sign this site's newest entry."""
+        signature = identity.sign("ledger head", _head_bytes(identity.name, seq, link))
+        return Head(site=identity.name, seq=seq, link=link, signature=signature.hex())
+
+    def check(self, roster: Roster) -> None:
+        """Check the signature against the pinned identity.
+
+        Raises:
+            SignatureError: no site of the roster, or another number or link than this site signed.
+        """
+        if self.site not in roster.sites:
+            raise SignatureError(f"expected a ledger head of a site, found one of {self.site!r}: ask for a new roster")
+        verify(roster, self.site, "ledger head", _head_bytes(self.site, self.seq, self.link), bytes.fromhex(self.signature))
+
+
+def _head_bytes(site: str, seq: int, link: str) -> bytes:
+    return length_prefixed(site.encode(), str(seq).encode(), link.encode())
 
 
 def _member_bytes(campaign: str, public_key: str, num_records: int, graph_commitment: str) -> bytes:
@@ -228,6 +259,12 @@ class HelloReply(Reply):
     member: Member
 
 
+class Pending(Reply):
+    """A person at this site must approve the campaign first: nothing is decided, and the same hello may be asked again."""
+
+    kind: Literal["pending"] = "pending"
+
+
 class SetupReply(Reply):
     """The nonce that this site had committed to."""
 
@@ -294,7 +331,7 @@ class Failure(Reply):
 AnyRequest = (
     HelloRequest | SetupRequest | BallotRequest | TrainRequest | EvaluateRequest | UnmaskRequest | AbortRequest | CloseRequest
 )
-AnyReply = HelloReply | SetupReply | Masked | Unmasked | Burnt | Statement | Refusal | Failure
+AnyReply = HelloReply | Pending | SetupReply | Masked | Unmasked | Burnt | Statement | Refusal | Failure
 _REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
 _REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])
 
@@ -314,7 +351,7 @@ class Envelope:
         return hashlib.sha256(_signed_bytes(self.body, self.arrays)).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """One byte string (safetensors), for storage."""
+        """One byte string (safetensors): what is stored, and what is sealed."""
         from safetensors.numpy import save
 
         metadata = {"sender": self.sender, "body": self.body.decode(), "signature": self.signature.hex()}
@@ -334,7 +371,7 @@ class Envelope:
             arrays = load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             return Envelope(header["sender"], header["body"].encode(), bytes.fromhex(header["signature"]), arrays)
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"expected a stored envelope, found other bytes: {type(error).__name__}") from None
 
 

@@ -51,6 +51,7 @@ class Task(Section):
     kind: Literal["classification"] = "classification"
     modality: Literal["image"] = "image"
     num_classes: Annotated[int, Field(ge=2, le=1000)]
+    dataset: Name | None = None  # what the sites call their records for this task; None: a site's first that fits
 
 
 class CandidateEntry(Section):
@@ -86,6 +87,8 @@ class Federation(Section):
     min_sites: Annotated[int, Field(ge=2)]  # no sum over fewer sites is ever opened
     num_records: Annotated[int, Field(ge=50)]  # public, may be rounded: the sites' declared sizes added up
     round_timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 120.0  # of each of a round's two exchanges
+    # for people at sites that approve campaigns by hand; who has not said yes by then takes no part
+    approval_timeout_seconds: Annotated[float, Field(ge=0, le=2_592_000)] = 3600.0
     # only sums are opened; without it every site's release is seen, so it must be private by itself (privacy.noise = "local")
     secure_sum: bool = True
     # of a number in a sum, at least: fewer bits, fewer bytes, coarser numbers; sums that need more get more
@@ -153,6 +156,12 @@ class Evaluation(Section):
     curve_budget_fraction: Fraction = 0.1  # of the held-out records' squared mu, for all curve points together
     runoff_budget_fraction: Fraction = 0.15  # likewise, for comparing the finalists
     max_attempts: Annotated[int, Field(ge=1, le=5)] = 2
+    confusion: bool = True  # the final counts carry a confusion matrix; sites' policies may not let one leave
+
+    @property
+    def metrics_asked(self) -> set[str]:
+        """What sites' policies are asked about."""
+        return {"accuracy", "confusion"} if self.confusion else {"accuracy"}
 
 
 class Plan(Section):

@@ -14,9 +14,9 @@ from urna.protocol.identity import OPERATOR, Identity, Roster, load_identity, lo
 from urna.protocol.plan import Plan
 from urna.server.campaign import run_campaign
 from urna.server.deployed import ENGINE, write_exit
+from urna.server.exchange import GridTransport
 from urna.server.journal import JOURNAL_FILE, begin
 from urna.server.process import log_to, record_error
-from urna.server.rounds import GridTransport
 
 DEPLOYED_POLL_SECONDS = 0.2
 

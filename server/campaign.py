@@ -16,8 +16,9 @@ from urna.protocol.errors import PlanError
 from urna.protocol.identity import Identity, Roster
 from urna.protocol.messages import Stage
 from urna.protocol.plan import Plan
+from urna.server.exchange import Transport
 from urna.server.journal import Journal, Json, recorded_plan
-from urna.server.rounds import Rounds, Transport
+from urna.server.rounds import Rounds
 from urna.server.stages import Stages
 from urna.strategies import ballot, budget, runoff
 from urna.strategies.aggregation import OptimizerState
@@ -158,7 +159,8 @@ class Campaign:
         for attempt in range(1, attempts + 1):
             spent = self.stages.asked_events("heldout")
             multiplier = budget.final_counts_noise_multiplier(self.plan, spent, last_attempt=attempt == attempts)
-            if self.stages.count("final", attempt, {winner: state}, multiplier, 1, detail=True) is not None:
+            detail = self.plan.evaluation.confusion
+            if self.stages.count("final", attempt, {winner: state}, multiplier, 1, detail=detail) is not None:
                 return
 
 

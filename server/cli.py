@@ -196,6 +196,37 @@ def models_list() -> None:
         console.print(Text(f"{'':<13} {spec.summary} Pretrained on {spec.pretrained_on}."), style="dim", soft_wrap=True)
 
 
+@app.command()
+def provision(
+    path: Annotated[Path, typer.Argument(help="The consortium, a TOML file.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to make; with --add, the one to add to.", show_default=False)],
+    add: Annotated[bool, typer.Option("--add", help="Add the sites that are new in the document.")] = False,
+) -> None:
+    """Make keys, TLS certificates and configurations of a consortium: a folder for the operator, the proxy and each site."""
+    from urna.server import provision as provisioning
+
+    for line in provisioning.provision(path, out, add=add):
+        console.print(Text(line), soft_wrap=True)
+
+
+@app.command("verify-receipt")
+def verify_receipt(
+    path: Annotated[Path, typer.Argument(help="The receipt, as a site wrote it.", show_default=False)],
+    roster: Annotated[Path | None, typer.Option(help="The roster of pinned keys.")] = None,
+    key: Annotated[str | None, typer.Option(help="Instead of a roster: the site's public key, 128 hex digits.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run's folder: compare with what the operator holds.")] = None,
+) -> None:
+    """Check a site's receipt without the site: signature, plan, releases, and epsilon computed again from them."""
+    from urna.server.receipt_check import check_file
+    from urna.server.receipt_words import lines_of
+
+    checked = check_file(path, roster, key, run)
+    for line in lines_of(checked):
+        console.print(Text(line), soft_wrap=True)
+    if not checked.is_good:
+        raise typer.Exit(BadInputError.exit_code)
+
+
 @models_app.command("pretrain")
 def models_pretrain(
     names: Annotated[list[str] | None, typer.Argument(help="Which candidates; all without it.")] = None,

@@ -47,6 +47,9 @@ class Progress:
             case "hello":
                 self.stage, self.members = "hello", len(value["members"])
                 self._say(f"hello: {self.members} sites joined" + _others(value["others"]))
+            case "waiting":
+                self.stage, sites = "hello", value["sites"]
+                self._say(f"hello: waiting for people at {', '.join(sites)} to approve" if sites else "hello: all have decided")
             case "shortlist":
                 self.stage = "shortlist"
                 kept = [one["name"] for one in value["candidates"] if not one["reasons"]]

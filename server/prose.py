@@ -113,8 +113,9 @@ def _evaluation(plan: Plan) -> str:
         )
     if settings.num_curve_points:
         parts.append(f"up to {settings.num_curve_points} times the accuracy so far (2 numbers, {shares.curve:.2f})")
-    counts = 2 + plan.task.num_classes**2
-    parts.append(f"the final counts with a confusion matrix ({counts} numbers, {settings.max_attempts} attempts at most)")
+    counts = 2 + (plan.task.num_classes**2 if settings.confusion else 0)
+    matrix = " with a confusion matrix" if settings.confusion else ""
+    parts.append(f"the final counts{matrix} ({counts} numbers, {settings.max_attempts} attempts at most)")
     return (
         f"Evaluation. {settings.holdout_fraction:.0%} of each site's records never train; a keyed hash chooses them once. From "
         f"them leave {'; '.join(parts)}. They may spend the same epsilon again, for no record is in both parts."

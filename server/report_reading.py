@@ -151,6 +151,9 @@ class _Reading:
         if value is None:
             return {}
         counts = _counts(value)
+        if counts.confusion is None:  # the plan asks for none
+            accuracy, stderr = value["accuracy"][0], value["accuracy_stderr"][0]
+            return {"accuracy": accuracy, "accuracy_stderr": stderr, "num_records_evaluated": value["num_records"]}
         found = scores(counts)
         return {
             "accuracy": found.accuracy,
@@ -223,7 +226,7 @@ class _Reading:
             "votes": "votes over the candidates",
             "runoff": "counts: right answers of the finalists",
             "curve": "counts: right answers so far",
-        }.get(purpose, "counts: right answers and the confusion matrix")
+        }.get(purpose, f"counts: right answers{' and the confusion matrix' if self.plan.evaluation.confusion else ''}")
 
     def _numbers(self, one: Round) -> int:
         if one.purpose == "gradients":

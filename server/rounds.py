@@ -1,4 +1,4 @@
-"""One secure round over whatever carries envelopes: uploads are added as they arrive, then the survivors' sum is opened.
+"""One secure round over whatever carries parcels: uploads are added as they arrive, then the survivors' sum is opened.
 
     upload    the request to every member of the cohort; each reply is added to a running total and dropped
     unmask    who uploaded, to every one of them that holds shares; enough answers open the total
@@ -14,9 +14,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -34,32 +33,23 @@ from urna.protocol.messages import (
     Audit,
     Burnt,
     Envelope,
-    Failure,
     HelloReply,
     Masked,
     Member,
     Message,
-    Refusal,
     Request,
     SetupReply,
     SetupRequest,
     Summed,
     Unmasked,
     UnmaskRequest,
-    from_record,
-    open_reply,
     read_request,
     signed,
-    to_record,
 )
 from urna.protocol.plan import Plan
 from urna.protocol.quorum import MAX_SILENT_AT_SETUP
+from urna.server.exchange import Answer, Exchange, Transport
 from urna.server.journal import Journal, Json
-from urna.strategies.grid import POLL_SECONDS, exchange
-
-if TYPE_CHECKING:
-    from flwr.app import Message as FlowerMessage
-    from flwr.serverapp import Grid as FlowerGrid
 
 # single vectors by site, and the cohort -> one vector; only without a secure sum
 Combine = Callable[[Mapping[str, Floats], Sequence[Member]], Floats]
@@ -78,62 +68,6 @@ class Opening:
 
 
 Ask = Callable[[Opening], tuple[Summed, Mapping[str, AnyArray]]]
-
-
-class Transport(Protocol):
-    """What carries envelopes; addresses are opaque and never identities."""
-
-    def addresses(self, at_least: int, timeout_seconds: float) -> Sequence[int]:
-        """Whom it can reach now, after waiting for ``at_least`` of them or the timeout."""
-
-    def ask(
-        self, route: str, requests: Mapping[int, Envelope], timeout_seconds: float
-    ) -> Iterator[tuple[int, Envelope | None]]:
-        """Send each request; yield (address, reply) as they arrive, None where delivery failed; stop at the timeout."""
-
-
-class GridTransport:
-    """Flower's Grid: push, then pull by id until the deadline, so that one silent site blocks nobody.
-
-    Args:
-        grid: given by Flower to a ServerApp.
-        poll_seconds: between two pulls.
-    """
-
-    def __init__(self, grid: "FlowerGrid", poll_seconds: float = POLL_SECONDS) -> None:
-        self._grid = grid
-        self._poll_seconds = poll_seconds
-
-    def addresses(self, at_least: int, timeout_seconds: float) -> Sequence[int]:
-        """The node ids that Flower knows."""
-        deadline = time.monotonic() + timeout_seconds
-        while len(found := list(self._grid.get_node_ids())) < at_least and time.monotonic() < deadline:
-            time.sleep(self._poll_seconds)
-        return found
-
-    def ask(
-        self, route: str, requests: Mapping[int, Envelope], timeout_seconds: float
-    ) -> Iterator[tuple[int, Envelope | None]]:
-        """See `Transport`."""
-        from flwr.app import Message as FlowerMessage
-
-        messages = (
-            FlowerMessage(content=to_record(request), dst_node_id=node, message_type=route, ttl=timeout_seconds)
-            for node, request in requests.items()
-        )
-        for node, reply in exchange(self._grid, messages, timeout_seconds, self._poll_seconds):
-            yield node, None if reply is None else _read(reply)
-
-
-def _read(reply: "FlowerMessage") -> Envelope | None:
-    if reply.has_error():
-        log.warning("Flower could not deliver to node %s: error %s", reply.metadata.src_node_id, reply.error.code)
-        return None
-    try:
-        return from_record(reply.content)
-    except ProtocolError as error:
-        log.warning("%s", error)
-        return None
 
 
 @dataclass(frozen=True)
@@ -162,7 +96,7 @@ class Rounds:
     """Asks sites, and writes what happened.
 
     Args:
-        transport: what carries envelopes.
+        transport: what carries parcels.
         journal: where requests and outcomes are kept.
         identity: the operator's, which signs requests.
         roster: pinned keys.
@@ -172,12 +106,11 @@ class Rounds:
     def __init__(self, transport: Transport, journal: Journal, identity: Identity, roster: Roster, plan: Plan) -> None:
         if identity.name != OPERATOR:
             raise ValueError(f"rounds are asked by {OPERATOR!r}, found {identity.name!r}")
-        self._transport = transport
+        self._exchange = Exchange(transport, journal, identity, roster, plan.federation.round_timeout_seconds)
         self._journal = journal
         self._identity = identity
         self._roster = roster
         self._plan = plan
-        self._timeout_seconds = plan.federation.round_timeout_seconds
         self._address: dict[str, int] = {}
         self._active: dict[str, Member] = {}
         self._members: dict[str, Member] = {}
@@ -190,7 +123,11 @@ class Rounds:
         return str(self._journal.once("graph-nonce", lambda: {"nonce": os.urandom(32).hex()})["nonce"])
 
     def hello(
-        self, request: Request, num_expected: int, believe: Callable[[HelloReply], str | None]
+        self,
+        request: Request,
+        num_expected: int,
+        believe: Callable[[HelloReply], str | None],
+        patience_seconds: float = 0.0,
     ) -> tuple[dict[str, HelloReply], dict[str, str]]:
         """Ask everyone within reach; learn who is who by signature.
 
@@ -198,34 +135,35 @@ class Rounds:
             request: the opening request.
             num_expected: how many to wait for.
             believe: why a site that would join may not, or None.
+            patience_seconds: how long to wait for people at the sites who must approve first.
 
         Returns:
             The members by name, and why others are none: refusals, codes and doubts by name.
         """
-        envelope = self._sealed("hello", request, {})
-        nodes = self._transport.addresses(num_expected, self._timeout_seconds)
         members: dict[str, HelloReply] = {}
         others: dict[str, str] = {}
-        for node, reply in self._transport.ask("query.hello", dict.fromkeys(nodes, envelope), self._timeout_seconds):
-            if reply is None:
-                continue
+
+        def take(answer: Answer) -> None:
+            if not isinstance(answer.said, HelloReply):
+                if answer.site:
+                    others[answer.site] = answer.why
+                return
             try:
-                answer = open_reply(reply, self._roster, reply.sender, envelope)
-                if isinstance(answer, HelloReply):
-                    answer.member.check(self._roster, request.campaign)
-                    if answer.member.site != reply.sender:
-                        raise ProtocolError(f"{reply.sender} speaks for {answer.member.site}")
-                    doubt = believe(answer) or doubt_of_key(answer.member, [other.member for other in members.values()])
-                    doubt = doubt or self._doubt_of_owner(answer.member)
-                    if doubt is not None:
-                        others[reply.sender] = doubt
-                        continue
-                    members[reply.sender] = answer
-                    self._address[reply.sender] = node
-                else:
-                    others[reply.sender] = _why(answer)
+                self._check_owner(answer.said.member, answer.site, request.campaign)
             except ProtocolError as error:
                 log.warning("a hello was not believed: %s", error)
+                return
+            doubt = believe(answer.said) or self._doubt_of_key(answer.said.member, members)
+            if doubt is None:
+                members[answer.site] = answer.said
+                self._address[answer.site] = answer.address
+            else:
+                others[answer.site] = doubt
+
+        nodes = self._exchange.addresses(num_expected)
+        envelope = self._recorded("hello", request, {})
+        waiting = self._exchange.ask_until_approved("query.hello", envelope, nodes, take, patience_seconds)
+        others |= dict.fromkeys(waiting, "waits for approval at the site")
         self._members = {name: members[name].member for name in sorted(members)}
         self.everyone_back()
         return members, others
@@ -266,8 +204,17 @@ class Rounds:
         """A new stage: members that sat out may try again."""
         self._active = dict(self._members)
 
-    def _doubt_of_owner(self, member: Member) -> str | None:
+    def _check_owner(self, member: Member, site: str, campaign: str) -> None:
+        """Whether a round key was signed by the site that shows it, for this campaign."""
+        member.check(self._roster, campaign)
+        if member.site != site:
+            raise ProtocolError(f"{site} speaks for {member.site}")
+
+    def _doubt_of_key(self, member: Member, members: Mapping[str, HelloReply]) -> str | None:
         """Who showed a key first keeps it, after a resume too: by then every member knows it."""
+        doubt = doubt_of_key(member, [other.member for other in members.values()])
+        if doubt is not None:
+            return doubt
         owner = self._journal.once(f"key/{member.public_key}", lambda: {"site": member.site})["site"]
         return None if owner == member.site else f"shows the round key of {owner}"
 
@@ -322,19 +269,21 @@ class Rounds:
 
         The signed bytes are kept under ``reply/<key>/<site>``, so that anyone with the roster can check them later.
         """
-        envelope = self._sealed(key, request, {})
+        envelope = self._recorded(key, request, {})
         answers: dict[str, AnyReply] = {}
-        nodes = {self._address[site]: site for site in self._members}
-        for node, reply in self._transport.ask(route, dict.fromkeys(nodes, envelope), self._timeout_seconds):
-            try:
-                if reply is not None:
-                    site = nodes[node]
-                    answers[site] = open_reply(reply, self._roster, site, envelope)
-                    kept = {"body": reply.body.decode(), "signature": reply.signature.hex()}
-                    self._journal.once(f"reply/{key}/{site}", lambda kept=kept: kept)  # type: ignore[misc]
-            except ProtocolError as error:
-                log.warning("an answer was not believed: %s", error)
+
+        def take(answer: Answer) -> None:
+            if answer.said is not None and answer.reply is not None:
+                answers[answer.site] = answer.said
+                kept = {"body": answer.reply.body.decode(), "signature": answer.reply.signature.hex()}
+                self._journal.once(f"reply/{key}/{answer.site}", lambda: kept)
+
+        self._exchange.ask(route, envelope, self._site_at(self._members), take)
         return answers
+
+    def _site_at(self, sites: Iterable[str]) -> dict[int, str]:
+        """The addresses of those that said hello."""
+        return {self._address[site]: site for site in sites if site in self._address}
 
     def _asked(self, key: str, make: Ask) -> tuple[Summed, Envelope]:
         """The request of this round: the recorded bytes if there are any, else a new one to the active members."""
@@ -351,11 +300,11 @@ class Rounds:
             sparse = self._plan.federation.secure_sum and not self._plan.quorum(len(cohort)).is_full
             nonces = dict(self._nonces) if sparse else {}
             request, arrays = make(Opening(key, cohort, self.graph_nonce, nonces, audits))
-            return request, self._sealed(key, request, arrays)
+            return request, self._recorded(key, request, arrays)
         envelope = self._restored(kept.value, kept.arrays)
         return _summed(envelope), envelope
 
-    def _sealed(self, key: str, message: Message, arrays: Mapping[str, AnyArray]) -> Envelope:
+    def _recorded(self, key: str, message: Message, arrays: Mapping[str, AnyArray]) -> Envelope:
         kept = self._journal.find(f"ask/{key}")
         if kept is None:
             envelope = signed(self._identity, message, arrays)
@@ -429,50 +378,46 @@ class Rounds:
         self, route: str, envelope: Envelope, cohort: tuple[str, ...], add: Callable[[str, Envelope], None]
     ) -> dict[str, str]:
         """Add uploads as they arrive and drop them; why each member that did not deliver did not."""
-        site_at = {self._address[site]: site for site in cohort if site in self._address}
         dropped = dict.fromkeys(cohort, "silent")
-        for node, reply in self._transport.ask(route, dict.fromkeys(site_at, envelope), self._timeout_seconds):
-            site = site_at[node]
+
+        def take(answer: Answer) -> None:
+            site = answer.site
             if site not in dropped:  # a second reply: the first one counts
-                continue
-            if reply is None:
-                dropped[site] = "undelivered"
-                continue
-            try:
-                answer = open_reply(reply, self._roster, site, envelope)
-                if isinstance(answer, Masked):
-                    add(site, reply)
+                return
+            dropped[site] = answer.why
+            if isinstance(answer.said, Masked) and answer.reply is not None:
+                try:
+                    add(site, answer.reply)
                     del dropped[site]
-                else:
-                    dropped[site] = _why(answer)
-            except ProtocolError as error:
-                log.warning("%s", error)
-                dropped[site] = "not believed"
+                except ProtocolError as error:
+                    log.warning("%s", error)
+                    dropped[site] = "not believed"
+
+        self._exchange.ask(route, envelope, self._site_at(cohort), take)
         return dropped
 
     def _unmask(self, key: str, request: Summed, context: Context, server: ServerRole, alive: tuple[str, ...]) -> bool:
         """The second exchange: whether enough true answers came; what the holders signed is kept for the next audit."""
         round_id = request.request_id
         asked = UnmaskRequest(**self._header(request, f"{key}/unmask"), round_id=round_id, alive=alive)
-        envelope = self._sealed(f"{key}/unmask", asked, {})
+        envelope = self._recorded(f"{key}/unmask", asked, {})
         holders = {context.names[at] for at in context.graph.holders}.intersection(alive)
         digest = alive_digest(context, alive)
         answers: dict[str, AnswerOfSite] = {}
-        site_at = {self._address[site]: site for site in sorted(holders) if site in self._address}
-        for node, reply in self._transport.ask("query.unmask", dict.fromkeys(site_at, envelope), self._timeout_seconds):
-            site = site_at[node]
+
+        def take(answer: Answer) -> None:
+            if not isinstance(answer.said, Unmasked) or answer.reply is None:
+                log.warning("%s did not unmask %s: %s", answer.site, key, answer.why)
+                return
             try:
-                answer = None if reply is None else open_reply(reply, self._roster, site, envelope)
-                if reply is None or not isinstance(answer, Unmasked):
-                    log.warning("%s did not unmask %s: %s", site, key, "undelivered" if answer is None else _why(answer))
-                    continue
-                verify(self._roster, site, "alive", digest, bytes.fromhex(answer.answer.signature))
-                server.answer(site, reply.arrays.get("pads", np.empty(0)))
-                answers[site] = answer.answer
+                verify(self._roster, answer.site, "alive", digest, bytes.fromhex(answer.said.answer.signature))
+                server.answer(answer.site, answer.reply.arrays.get("pads", np.empty(0)))
+                answers[answer.site] = answer.said.answer
             except ProtocolError as error:
                 log.warning("%s", error)
-            if server.is_open:  # the rest is not waited for
-                break
+
+        site_at = self._site_at(sorted(holders))
+        self._exchange.ask("query.unmask", envelope, site_at, take, enough=lambda: server.is_open)
         if server.forgers:
             log.warning("round %s: forged shares from %s", key, ", ".join(sorted(server.forgers)))
         if server.is_open:
@@ -484,18 +429,17 @@ class Rounds:
         """Nobody will answer this round any more; what holders say about it is the proof that it was not opened."""
         log.warning("round %s is given up: nobody will unmask it any more", key)
         said = AbortRequest(**self._header(request, f"{key}/abort"), round_id=request.request_id)
-        envelope = self._sealed(f"{key}/abort", said, {})
-        site_at = {self._address[one.site]: one.site for one in request.cohort if one.site in self._address}
+        envelope = self._recorded(f"{key}/abort", said, {})
         holders = {context.names[at] for at in context.graph.holders}
         believed = {"", alive_digest(context, alive).hex()}  # no other list was asked: who says so lies
         answers: dict[str, AnswerOfSite] = {}
-        for node, reply in self._transport.ask("query.abort", dict.fromkeys(site_at, envelope), self._timeout_seconds):
-            try:
-                answer = None if reply is None else open_reply(reply, self._roster, site_at[node], envelope)
-                if isinstance(answer, Burnt) and site_at[node] in holders and answer.answer.alive_sha256 in believed:
-                    answers[site_at[node]] = answer.answer
-            except ProtocolError as error:
-                log.warning("%s", error)
+
+        def take(answer: Answer) -> None:
+            said = answer.said
+            if isinstance(said, Burnt) and answer.site in holders and said.answer.alive_sha256 in believed:
+                answers[answer.site] = said.answer
+
+        self._exchange.ask("query.abort", envelope, self._site_at(one.site for one in request.cohort), take)
         audit = Audit(round_id=request.request_id, alive=(), answers=answers)
         asked = sorted(member.site for member in request.cohort)
         self._journal.once(f"audit/{key}", lambda: {"asked": asked, "audit": audit.model_dump()})
@@ -523,12 +467,3 @@ def _summed(envelope: Envelope) -> Summed:
     request = read_request(envelope.body)
     assert isinstance(request, Summed)  # it was recorded by `_asked`
     return request
-
-
-def _why(answer: AnyReply) -> str:
-    match answer:
-        case Refusal():
-            return "refused: " + "; ".join(answer.reasons)
-        case Failure():
-            return f"failed: {answer.code}"
-    return f"answered with a {answer.kind}"

@@ -73,7 +73,9 @@ class Stages:
         request = HelloRequest(**fields, plan_json=plan_json, models=models, graph_commitment=commitment)
         federation = self.plan.federation
         expected = federation.virtual.num_sites if federation.virtual else federation.min_sites
-        members, others = self.rounds.hello(request, expected, self._doubt)
+        begun = self.journal.find("hello") is not None  # then who takes part is fixed, and nobody else is waited for
+        patience = 0.0 if begun else federation.approval_timeout_seconds
+        members, others = self.rounds.hello(request, expected, self._doubt, patience)
         if len(members) < federation.min_sites:
             reasons = "; ".join(f"{site} {why}" for site, why in sorted(others.items())) or "nobody else answered"
             text = f"the plan needs {federation.min_sites} sites, found {len(members)}: {reasons}"

@@ -44,6 +44,7 @@ def exchange(
                 if reply.metadata.reply_to_message_id == message_id and message_id in waiting:
                     found = True
                     yield waiting.pop(message_id), reply
+                del reply  # before the next one is pulled
             if time.monotonic() >= deadline:
                 return
         if not found:

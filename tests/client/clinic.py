@@ -17,7 +17,8 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from urna.client.site import Site, create_keys, open_site
+from urna.client.site import Site, open_site
+from urna.client.vault import create_keys
 from urna.models.catalogue import spec
 from urna.models.loading import artefact_sha256
 from urna.models.tuning import trainable_size
@@ -108,11 +109,13 @@ def write_records(path: Path, num_records: int = NUM_RECORDS, seed: int = 0) -> 
 
 def write_config(folder: Path, **policy: Any) -> None:
     lines = [f"{key} = {json.dumps(value)}" for key, value in (POLICY | policy).items()]
-    (folder / "site.toml").write_text(
-        f'name = "{NAME}"\n[data]\npath = "records.csv"\nnum_records = {NUM_RECORDS}\nnum_classes = {NUM_CLASSES}\n'
-        "image_height = 8\nimage_width = 8\nmax_value = 16.0\n[policy]\n" + "\n".join(lines) + "\n",
-        encoding="utf-8",
-    )
+    dataset = [
+        'name = "digits"\nformat = "csv"\nmodality = "image"\npath = "records.csv"',
+        f"num_records = {NUM_RECORDS}\nnum_classes = {NUM_CLASSES}",
+        "image_height = 8\nimage_width = 8\nmax_value = 16.0",
+    ]
+    text = "\n".join([f'name = "{NAME}"', "[[dataset]]", *dataset, "[policy]", *lines])
+    (folder / "site.toml").write_text(f"{text}\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

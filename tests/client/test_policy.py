@@ -5,13 +5,22 @@ from pydantic import ValidationError
 
 from tests.client.clinic import POLICY, a_plan
 from tests.client.crash_points import a_release
-from urna.client.policy import Denial, Grant, Policy, admit_plan, admit_release
+from urna.client.policy import Denial, Grant, Policy, admit_plan, admit_release, missing_peers
 from urna.privacy.accounting import epsilon_of, gaussian, subsampled_gaussian
 from urna.protocol.messages import Partition, SpentRow
+from urna.protocol.plan import Plan
 
 
 def a_policy(**changes: object) -> Policy:
     return Policy.model_validate(POLICY | changes)
+
+
+KEY, OTHER_KEY = "ab" * 64, "cd" * 64  # public keys of operators
+LICENCES = {"pixels": "Apache-2.0", "autoencoder": "CC-BY-NC-4.0", "vit": "MIT", "cnn": "MIT"}
+
+
+def verdict(policy: Policy, plan: Plan, spent: tuple[SpentRow, ...] = (), operator: str = KEY) -> Grant | Denial:
+    return admit_plan(policy, plan, spent, operator, LICENCES)
 
 
 def spent(event: str, count: int = 1, partition: Partition = "tuning") -> SpentRow:
@@ -32,7 +41,7 @@ def decide(
 
 
 def test_a_plan_within_the_policy_is_granted_what_it_asks() -> None:
-    assert admit_plan(a_policy(), a_plan(), ()) == Grant(epsilon=3.0, delta=1e-5)
+    assert verdict(a_policy(), a_plan(), ()) == Grant(epsilon=3.0, delta=1e-5)
 
 
 def test_every_reason_is_given_at_once() -> None:
@@ -41,9 +50,11 @@ def test_every_reason_is_given_at_once() -> None:
         federation={"min_sites": 2},
         candidates=[{"name": "vit"}, {"name": "cnn"}],
     )
-    policy = a_policy(candidates=["cnn"], threshold_fraction=0.75)
+    policy = a_policy(
+        candidates=["cnn"], threshold_fraction=0.75, licences=["Apache-2.0"], operators=[OTHER_KEY], metrics=["accuracy"]
+    )
     already = (spent(gaussian(1.0)),)
-    denial = admit_plan(policy, plan, already)
+    denial = verdict(policy, plan, already)
     left = 8.0 - epsilon_of([gaussian(1.0)], policy.delta)
     assert denial == Denial(
         (
@@ -54,6 +65,9 @@ def test_every_reason_is_given_at_once() -> None:
             "noise: the plan bears 0 colluders, this site asks 1",
             "threshold: 0.667 of holders open sums, 0.75 here",
             "candidates: not allowed at this site: vit",
+            "licences: not allowed at this site: vit (MIT), cnn (MIT)",
+            "operator: this site takes no plans of this key",
+            "metrics: the plan asks for confusion, which may not leave this site",
         )
     )
 
@@ -63,31 +77,64 @@ def test_the_safe_choice_is_the_default() -> None:
     assert policy.secure_sum_required
     assert policy.threshold_fraction == 2 / 3
     assert policy.max_unproven_aborts == 3
+    assert policy.operators is None  # the roster's, and no other: its signature is checked before a policy is asked
+
+
+@pytest.mark.parametrize(("allowed", "fine"), [([KEY], True), ([OTHER_KEY, KEY], True), ([OTHER_KEY], False), ([], False)])
+def test_only_operators_that_the_site_names_may_ask(allowed: list[str], fine: bool) -> None:
+    assert isinstance(verdict(a_policy(operators=allowed), a_plan()), Grant) == fine
+
+
+def test_a_candidate_of_a_licence_that_the_site_does_not_take_is_named_with_it() -> None:
+    plan = a_plan()
+    assert isinstance(verdict(a_policy(licences=["Apache-2.0", "CC-BY-NC-4.0"]), plan), Grant)
+    assert verdict(a_policy(licences=["Apache-2.0"]), plan) == Denial(
+        ("licences: not allowed at this site: autoencoder (CC-BY-NC-4.0)",)
+    )
+
+
+def test_a_candidate_of_unknown_licence_is_not_allowed_where_licences_are_named() -> None:
+    plan = a_plan(candidates=[{"name": "new"}, {"name": "vit"}])
+    assert verdict(a_policy(licences=["MIT"]), plan) == Denial(("licences: not allowed at this site: new (unknown)",))
+
+
+def test_a_confusion_matrix_leaves_only_where_the_policy_lets_it() -> None:
+    policy = a_policy(metrics=["accuracy"])
+    assert isinstance(verdict(policy, a_plan()), Denial)
+    assert isinstance(verdict(policy, a_plan(evaluation={"confusion": False})), Grant)
+    assert isinstance(verdict(a_policy(metrics=[]), a_plan(evaluation={"confusion": False})), Denial)
+
+
+@pytest.mark.parametrize(("members", "missing"), [(["a", "b", "c"], None), (["a", "c"], "b"), (["c"], "a, b"), ([], "a, b")])
+def test_named_peers_must_all_be_there(members: list[str], missing: str | None) -> None:
+    denial = missing_peers(a_policy(required_peers=["b", "a"]), members)
+    expected = None if missing is None else Denial((f"peers: this site releases only together with {missing}",))
+    assert denial == expected
 
 
 def test_single_releases_are_refused_unless_the_policy_allows_them() -> None:
     plan = a_plan(privacy={"noise": "local"}, federation={"secure_sum": False})
-    assert admit_plan(a_policy(), plan, ()) == Denial(
+    assert verdict(a_policy(), plan, ()) == Denial(
         ("secure sum: the plan sees single releases (federation.secure_sum = false), this site requires sums",)
     )
-    assert isinstance(admit_plan(a_policy(secure_sum_required=False), plan, ()), Grant)
+    assert isinstance(verdict(a_policy(secure_sum_required=False), plan, ()), Grant)
 
 
 @pytest.mark.parametrize(("asked", "here", "fine"), [(2 / 3, 2 / 3, True), (0.8, 0.7, True), (0.7, 0.8, False), (1, 1, True)])
 def test_a_plan_may_ask_more_holders_than_the_policy_and_not_fewer(asked: float, here: float, fine: bool) -> None:
-    verdict = admit_plan(a_policy(threshold_fraction=here), a_plan(federation={"threshold_fraction": asked}), ())
-    assert isinstance(verdict, Grant) == fine
+    decision = verdict(a_policy(threshold_fraction=here), a_plan(federation={"threshold_fraction": asked}), ())
+    assert isinstance(decision, Grant) == fine
 
 
 def test_an_overspent_site_says_that_nothing_is_left_and_no_negative_number() -> None:
-    denial = admit_plan(a_policy(), a_plan(), (spent(gaussian(0.2)),))
+    denial = verdict(a_policy(), a_plan(), (spent(gaussian(0.2)),))
     assert isinstance(denial, Denial)
     assert denial.reasons == ("budget: the plan asks epsilon 3, 0 of 8 are left",)
 
 
 def test_a_plan_at_the_limits_is_granted() -> None:
     plan = a_plan(privacy={"epsilon": 4.0, "delta": 1e-4})
-    assert admit_plan(a_policy(epsilon_total=4.0), plan, ()) == Grant(4.0, 1e-4)
+    assert verdict(a_policy(epsilon_total=4.0), plan, ()) == Grant(4.0, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +250,7 @@ def test_plan_cannot_raise_policy(
     campaigns: tuple[list[SpentRow], list[SpentRow]] = ([], [])
     for partition, event, count, planned, campaign in releases:
         here, ever = tuple(campaigns[campaign]), (*campaigns[0], *campaigns[1])
-        if isinstance(admit_plan(policy, plan, ever if not here else ()), Denial):
+        if isinstance(verdict(policy, plan, ever if not here else ()), Denial):
             continue
         release = a_release("run-1/1", event=event, count=count, partition=partition)
         if admit_release(policy, plan, release, planned, here, ever) is None:

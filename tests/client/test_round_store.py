@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from tests.client import crash_points
 from tests.client.clinic import a_signer
-from tests.client.crash_points import PROCESSES
+from tests.client.crash_points import KEY, PROCESSES
 from urna.client.ledger import Ledger
 from urna.client.round_store import KeptRound, RoundStore, connect
 from urna.privacy.secure_sum import Context, Progress
@@ -61,7 +61,7 @@ def test_a_write_is_on_disk_before_it_returns(store: RoundStore, path: Path) -> 
 
 
 def test_the_rounds_of_a_ledger_are_as_durable(tmp_path: Path) -> None:
-    ledger = Ledger.create(tmp_path / "ledger.sqlite")
+    ledger = Ledger.create(tmp_path / "ledger.sqlite", KEY)
     assert ledger.rounds._db is ledger._db  # so that both can be in one transaction
     assert ledger.rounds._db.execute("PRAGMA synchronous").fetchone() == (3,)
 
@@ -183,7 +183,7 @@ def test_a_round_key_is_made_once(store: RoundStore, path: Path) -> None:
 
 
 def test_what_was_rolled_back_was_never_kept(tmp_path: Path) -> None:
-    ledger = Ledger.create(tmp_path / "ledger.sqlite")
+    ledger = Ledger.create(tmp_path / "ledger.sqlite", KEY)
 
     def fail() -> None:
         with ledger.exclusive():
@@ -195,11 +195,11 @@ def test_what_was_rolled_back_was_never_kept(tmp_path: Path) -> None:
     assert ledger.rounds.find(ROUND) is None
     with ledger.exclusive():
         ledger.rounds.keep(ROUND, UPLOADED)
-    assert Ledger.open(tmp_path / "ledger.sqlite").rounds.find(ROUND) == UPLOADED
+    assert Ledger.open(tmp_path / "ledger.sqlite", KEY).rounds.find(ROUND) == UPLOADED
 
 
 def test_a_refused_move_back_undoes_its_transaction(tmp_path: Path) -> None:
-    ledger = Ledger.create(tmp_path / "ledger.sqlite")
+    ledger = Ledger.create(tmp_path / "ledger.sqlite", KEY)
     ledger.rounds.keep(ROUND, ANSWERED)
 
     def move_back() -> None:
@@ -327,7 +327,7 @@ def test_a_kill_at_every_statement_keeps_a_reply_and_its_round_together(tmp_path
     assert sum((folder / "done").exists() for folder in folders) == 1
     seen = set()
     for folder in folders:
-        ledger = Ledger.open(folder / "ledger.sqlite")
+        ledger = Ledger.open(folder / "ledger.sqlite", KEY)
         settled = ledger.find("run-1/ballot/2", "0" * 64)
         earlier = ledger.rounds.find("run-1/ballot/1")
         assert earlier is not None

@@ -13,7 +13,8 @@ import pytest
 from tests.client.clinic import CANARY, NAME, NUM_RECORDS, Clinic, a_head, a_plan, a_signer
 from urna.client.ledger import Ledger
 from urna.client.policy import admit_release
-from urna.client.site import Site, create_keys, failure_code, open_site
+from urna.client.site import Site, failure_code, open_site
+from urna.client.vault import create_keys
 from urna.models.loading import Backbone, load_backbone
 from urna.privacy.accounting import epsilon_of, gaussian, subsampled_gaussian
 from urna.protocol.errors import FailureCode, LedgerError, ModelError, ProtocolError, SiteConfigError
@@ -23,7 +24,6 @@ from urna.protocol.messages import (
     BallotRequest,
     Envelope,
     Failure,
-    HelloReply,
     Masked,
     Member,
     Refusal,
@@ -33,7 +33,8 @@ from urna.protocol.messages import (
 )
 from urna.protocol.plan import Plan
 
-site_module: Any = importlib.import_module("urna.client.site")  # for what it imports, to be spied on
+site_module: Any = importlib.import_module("urna.client.site")  # for what they import, to be spied on
+work_module: Any = importlib.import_module("urna.client.work")
 
 
 def code(reply: AnyReply) -> FailureCode:
@@ -133,7 +134,12 @@ def test_every_reason_of_policy_and_installation_is_given_at_once(clinic: Clinic
         privacy={"epsilon": 5.0, "max_colluding_sites": 0}, federation={"min_sites": 2}, task={"num_classes": 7}
     )
     found = refused(clinic.ask(clinic.hello_request(models={})))
-    for reason in ("budget: the plan asks epsilon 5", "cohort:", "task: this site's records have 3 classes", "model pixels"):
+    for reason in (
+        "budget: the plan asks epsilon 5",
+        "cohort:",
+        "task: this site has no records of images of 7 classes",
+        "model pixels",
+    ):
         assert reason in found
     assert clinic.site.ledger.campaign(clinic.campaign) is None
 
@@ -315,13 +321,25 @@ def test_a_missing_head_is_refused(clinic: Clinic) -> None:
     assert code(clinic.ask(signed(clinic.operator, clinic.read(request), {}))) == FailureCode.BAD_REQUEST
 
 
-def test_a_candidate_outside_the_plan_is_refused_though_its_hash_was_sent(clinic: Clinic) -> None:
+def test_a_hello_with_hashes_of_more_than_the_plans_candidates_is_refused(clinic: Clinic) -> None:
     """The policy allows the plan's candidates; a hello that lists more hashes must not add to them."""
     clinic.plan = a_plan(candidates=[{"name": "pixels"}])
     models = {one: site_module.artefact_sha256(one) for one in ("pixels", "autoencoder")}
-    reply = clinic.ask(clinic.hello_request(models=models))
-    assert isinstance(reply, HelloReply)
-    clinic.own = reply.member
+    assert code(clinic.ask(clinic.hello_request(models=models))) == FailureCode.BAD_REQUEST
+    assert clinic.site.ledger.campaign(clinic.campaign) is None
+
+
+@pytest.mark.parametrize("request_id", ["run-2/ballot/1", "run-1", "run-10/ballot/1", "ballot/1"])
+def test_a_request_id_of_another_campaign_is_refused(clinic: Clinic, request_id: str) -> None:
+    """A ledger that holds several campaigns, and their receipts, would be mixed up."""
+    request = clinic.read(clinic.ballot()).model_copy(update={"request_id": request_id})
+    assert code(clinic.ask(clinic.sealed(request))) == FailureCode.BAD_REQUEST
+    assert num_releases(clinic) == 0
+
+
+def test_a_candidate_outside_the_plan_is_refused(clinic: Clinic) -> None:
+    clinic.plan = a_plan(candidates=[{"name": "pixels"}])
+    clinic.hello()
     requests = [clinic.ballot(), clinic.train(candidate="autoencoder", vector=a_head("autoencoder"))]
     requests.append(clinic.evaluate(candidates=("autoencoder",), vector=a_head("autoencoder")))
     for request in requests:
@@ -341,9 +359,9 @@ class Spy:
         for owner, name in [
             (Ledger, "reserve"),
             (Ledger, "settle"),
-            (site_module, "load_records"),
-            (site_module, "noisy_sum"),
-            (site_module.training, "shared_step"),
+            (work_module, "split"),
+            (work_module, "noisy_sum"),
+            (work_module.training, "shared_step"),
             (site_module.SecureRounds, "upload"),
             (site_module.SecureRounds, "keep"),
         ]:
@@ -373,17 +391,18 @@ def test_release_follows_reservation(clinic: Clinic, monkeypatch: pytest.MonkeyP
     compute, make = WORK[work]
     request, spy = make(clinic), Spy(monkeypatch)
     assert isinstance(clinic.ask(request), Masked)
-    assert spy.calls == ["reserve", "load_records", compute, "upload", "settle", "keep"]
+    assert spy.calls == ["reserve", "split", compute, "upload", "settle", "keep"]
 
 
-def test_the_reservation_is_on_disk_when_records_are_first_read(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
-    request, real, seen = clinic.ballot(), site_module.load_records, []
+def test_the_reservation_is_on_disk_when_records_are_first_worked_with(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were read before, to know whose budget it is: by their keyed hashes."""
+    request, real, seen = clinic.ballot(), work_module.split, []
 
     def load(*args: Any) -> Any:
         seen.append(sum(row.count for row in clinic.reopened().site.ledger.rows()))
         return real(*args)
 
-    monkeypatch.setattr(site_module, "load_records", load)
+    monkeypatch.setattr(work_module, "split", load)
     clinic.ask(request)
     assert seen == [1]
 
@@ -409,13 +428,13 @@ def test_two_rounds_of_one_content_are_masked_and_noised_apart(clinic: Clinic) -
     assert not np.array_equal(replies[0], replies[1])
 
 
-@pytest.mark.parametrize("step", ["load_records", "noisy_sum", "upload", "settle", "keep", "note"])
+@pytest.mark.parametrize("step", ["split", "noisy_sum", "upload", "settle", "keep", "note"])
 def test_a_crash_after_the_reservation_is_counted_and_answered_under_it(
     clinic: Clinic, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     request = clinic.ballot()
     secure = site_module.SecureRounds
-    owner: Any = {"upload": secure, "keep": secure, "note": secure, "settle": Ledger}.get(step, site_module)
+    owner: Any = {"upload": secure, "keep": secure, "note": secure, "settle": Ledger}.get(step, work_module)
 
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -439,15 +458,15 @@ def test_a_second_process_on_one_folder_answers_the_same_bytes(clinic: Clinic) -
 
 
 def test_of_two_processes_that_answer_at_once_one_is_heard(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
-    request, other, real = clinic.ballot(), clinic.reopened(), site_module.noisy_sum
+    request, other, real = clinic.ballot(), clinic.reopened(), work_module.noisy_sum
     first: list[Envelope] = []
 
     def compute(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(site_module, "noisy_sum", real)
+        monkeypatch.setattr(work_module, "noisy_sum", real)
         first.append(other.site.handle(request))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(site_module, "noisy_sum", compute)
+    monkeypatch.setattr(work_module, "noisy_sum", compute)
     assert isinstance(clinic.ask(request), Failure)  # its own bytes differ, so they must not leave
     assert same(clinic.site.handle(request)) == same(first[0])
     assert num_releases(clinic) == 1
@@ -456,7 +475,7 @@ def test_of_two_processes_that_answer_at_once_one_is_heard(clinic: Clinic, monke
 def test_two_processes_cannot_spend_the_same_last_epsilon(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
     other = clinic.reopened()
     one, two = (clinic.ballot(f"ballot/{n}", noise_multiplier=1.6) for n in (1, 2))  # each fits, both do not
-    other.site.ledger._db.execute("PRAGMA busy_timeout=1")
+    other.site.ledger.timeout_seconds = 0.0
 
     def admit(*args: Any) -> Any:
         monkeypatch.setattr(site_module, "admit_release", admit_release)
@@ -545,7 +564,7 @@ def test_an_upload_leaves_and_backbones_stay_as_they_were(clinic: Clinic, monkey
         loaded.append(load_backbone(name, expected_sha256))
         return loaded[-1]
 
-    monkeypatch.setattr(site_module, "load_backbone", load)
+    monkeypatch.setattr(work_module, "load_backbone", load)
     reply = clinic.site.handle(WORK[work][1](clinic))
     sizes = {name: (str(array.dtype), array.shape) for name, array in reply.arrays.items()}
     assert sizes == {
@@ -590,7 +609,10 @@ STEPS: list[tuple[str, str]] = [
     ("admit_release", "ballot"),
     ("Ledger.exclusive", "ballot"),
     ("Ledger.reserve", "ballot"),
-    ("load_records", "ballot"),
+    ("load_records", "again"),
+    ("sketch_of", "again"),
+    ("Ledger.register", "ballot"),
+    ("missing_peers", "ballot"),
     ("split", "ballot"),
     ("buckets", "ballot"),
     ("load_backbone", "ballot"),
@@ -625,10 +647,11 @@ def test_every_error_has_a_code_of_the_closed_set(error: type[Exception]) -> Non
 @pytest.mark.parametrize(("step", "work"), STEPS, ids=["-".join(one) for one in STEPS])
 def test_exception_text_never_leaves(clinic: Clinic, monkeypatch: pytest.MonkeyPatch, step: str, work: str) -> None:
     owner_name, _, name = step.rpartition(".")
-    modules: dict[str, Any] = vars(site_module) | {"Backbone": Backbone}
-    owner = modules[owner_name] if owner_name else site_module
+    modules: dict[str, Any] = vars(work_module) | vars(site_module) | {"Backbone": Backbone}
+    owner = modules[owner_name] if owner_name else site_module if name in vars(site_module) else work_module
     requests: dict[str, Callable[[Clinic], Envelope]] = {
         "hello": lambda clinic: clinic.hello_request(),
+        "again": lambda clinic: clinic.ballot(),
         "close": lambda clinic: clinic.close(),
         "unmask": lambda clinic: clinic.unmask(f"{clinic.campaign}/ballot/1"),
         "abort": lambda clinic: clinic.abort(f"{clinic.campaign}/ballot/1"),
@@ -636,6 +659,8 @@ def test_exception_text_never_leaves(clinic: Clinic, monkeypatch: pytest.MonkeyP
     if work in ("close", "unmask", "abort"):
         clinic.ask(clinic.ballot())
     request = requests[work](clinic)
+    if work == "again":  # in a process that has not read the records yet
+        clinic = clinic.reopened()
     for error in (ValueError, ProtocolError, KeyError):
 
         def fail(*_: Any, error: type[Exception] = error, **__: Any) -> None:
@@ -653,10 +678,12 @@ def test_exception_text_never_leaves(clinic: Clinic, monkeypatch: pytest.MonkeyP
 def test_a_broken_records_file_is_a_code_and_its_values_stay_out_of_the_log_too(clinic: Clinic) -> None:
     with (clinic.folder / "records.csv").open("a") as file:
         file.write(f"{CANARY},1,broken\n")
-    reply = clinic.site.handle(clinic.ballot())
-    assert code(open_reply(reply, clinic.site.roster, NAME, clinic.ballot())) == FailureCode.DATA
+    clinic.site = clinic.reopened().site
+    request = clinic.hello_request()
+    reply = clinic.site.handle(request)
+    assert code(open_reply(reply, clinic.site.roster, NAME, request)) == FailureCode.DATA
     assert CANARY not in clinic.log()
-    assert "row 62: expected 66 fields" in clinic.log()
+    assert "row 62: expected 66 fields, found 3" in clinic.log()
 
 
 def test_the_local_log_is_readable_by_its_owner_alone(clinic: Clinic) -> None:
@@ -677,7 +704,7 @@ def test_the_local_log_does_not_reach_other_loggers(clinic: Clinic) -> None:
 def test_ledger_has_no_record_values(clinic: Clinic) -> None:
     for _, make in WORK.values():
         clinic.ask(make(clinic))
-    records = clinic.site.split_records(0.2)[0]
+    records = clinic.site.bench(clinic.site.config.dataset[0]).records()
     content = (clinic.folder / "ledger.sqlite").read_bytes()
     forms: Iterator[bytes] = (
         form

@@ -41,7 +41,8 @@ from urna.protocol.messages import (
     signed,
 )
 
-site_module: Any = importlib.import_module("urna.client.site")  # for what it imports, to be spied on
+site_module: Any = importlib.import_module("urna.client.site")  # for what they import, to be spied on
+work_module: Any = importlib.import_module("urna.client.work")
 release_module: Any = importlib.import_module("urna.privacy.release")
 GONE = "site-5"
 
@@ -868,7 +869,7 @@ def shares_asked(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return real(*args)
 
     monkeypatch.setattr(release_module, "noise_share", noise_share)
-    monkeypatch.setattr(site_module.training, "noise_share", noise_share, raising=False)
+    monkeypatch.setattr(work_module.training, "noise_share", noise_share, raising=False)
     for request in (clinic.ballot(), clinic.train(), clinic.evaluate()):
         clinic.uploaded(request)
     return found

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from tests.client.clinic import NUM_CLASSES, a_plan
-from urna.client.training import TuningSet, local_steps, sample_gradients, shared_step
+from urna.client.training import TuningSet, local_steps, sample_gradients, shared_step, unit_means
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats, Integers, clip_rows
 from urna.privacy.release import noise_share
@@ -28,10 +28,15 @@ def a_plan_of(sample_rate: float = 1.0, clip: float = 1.0, **final: object) -> P
     return a_plan(final={"sample_rate": sample_rate, "max_grad_norm": clip} | final)
 
 
+def a_set(features: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> TuningSet:
+    """Every record a unit of its own."""
+    return TuningSet(features, labels, np.arange(len(labels)))
+
+
 def some_records(num_records: int, seed: int = 0, scale: float = 1.0) -> TuningSet:
     generator = np.random.default_rng(seed)
     features = (scale * generator.normal(size=(num_records, DIM))).astype(np.float32)
-    return TuningSet(features, generator.integers(0, NUM_CLASSES, num_records))
+    return a_set(features, generator.integers(0, NUM_CLASSES, num_records))
 
 
 def a_vector(seed: int = 1) -> npt.NDArray[np.float32]:
@@ -75,18 +80,21 @@ def complaints(step: Step) -> set[str]:
     if np.array_equal(draws[0], draws[1]):
         found.add("repeated noise")
     many = some_records(20)
-    alike = TuningSet(np.repeat(many.features[:1], 20, axis=0), np.repeat(many.labels[:1], 20))
-    huge = TuningSet(alike.features * 1000, alike.labels)
+    alike = a_set(np.repeat(many.features[:1], 20, axis=0), np.repeat(many.labels[:1], 20))
+    huge = a_set(alike.features * 1000, alike.labels)
     if not math.isclose(norm(step(alike, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1)), 20 * 0.5, rel_tol=1e-3):
         found.add("not a sum of clipped records")
     if norm(step(huge, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1)) > 20 * 0.5 + 1e-3:
         found.add("sensitivity")
     for count in (19, 1):
-        fewer = TuningSet(many.features[:count], many.labels[:count])
-        more = TuningSet(many.features[: count + 1], many.labels[: count + 1])
+        fewer = a_set(many.features[:count], many.labels[:count])
+        more = a_set(many.features[: count + 1], many.labels[: count + 1])
         results = [step(one, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1) for one in (fewer, more)]
         if norm(results[1] - results[0]) > 0.5 + 1e-3:
             found.add("sensitivity")
+    person = TuningSet(alike.features[:6], alike.labels[:6], np.zeros(6, np.int64))  # six records of one person
+    if norm(step(person, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1)) > 0.5 + 1e-3:
+        found.add("a person counts as many")
     expected = clipped(softmax_gradients(many, vector.astype(np.float64)), 0.5).sum(axis=0)
     total = step(many, vector, a_plan_of(clip=0.5), ALMOST_NONE, GRID, 1) * GRID.step
     if not np.allclose(total, expected, atol=2e-4):
@@ -155,7 +163,14 @@ def a_little_too_little(
     return shared_step(data, vector, plan, nm * 0.85, grid, parties)
 
 
+def every_record_its_own_person(
+    data: TuningSet, vector: npt.NDArray[np.float32], plan: Plan, nm: float, grid: Grid, parties: int
+) -> Integers:
+    return shared_step(a_set(data.features, data.labels), vector, plan, nm, grid, parties)
+
+
 MUTANTS: dict[Step, str] = {
+    every_record_its_own_person: "a person counts as many",
     mean_by_realised_batch: "not a sum of clipped records",
     noise_without_clip: "noise",
     clip_after_sum: "not a sum of clipped records",
@@ -266,7 +281,7 @@ def test_a_record_whose_gradient_is_not_finite_counts_as_zero_and_causes_no_fail
     rows = sample_gradients(data, a_vector(), plan)
     assert not rows[2].any()
     others = np.arange(5) != 2
-    without = sample_gradients(TuningSet(data.features[others], data.labels[others]), a_vector(), plan)
+    without = sample_gradients(a_set(data.features[others], data.labels[others]), a_vector(), plan)
     np.testing.assert_allclose(rows[others], without, atol=1e-6)
     shared_step(data, a_vector(), plan, 2.0, GRID, 1)
     local_steps(data, a_vector(), a_plan_of(), 2.0, 5.0)
@@ -280,3 +295,23 @@ def test_records_and_head_are_left_as_they_were() -> None:
     np.testing.assert_array_equal(data.features, features)
     np.testing.assert_array_equal(data.labels, labels)
     np.testing.assert_array_equal(vector, head)
+
+
+def test_a_person_is_sampled_with_all_of_their_records_or_not_at_all() -> None:
+    """A mean of some of them would be another number; 40 persons of 5 equal records give rows that are those of one each."""
+    one_each = some_records(40)
+    five_each = TuningSet(np.repeat(one_each.features, 5, axis=0), np.repeat(one_each.labels, 5), np.repeat(np.arange(40), 5))
+    rows = sample_gradients(five_each, a_vector(), a_plan_of(sample_rate=0.5))
+    every = sample_gradients(one_each, a_vector(), a_plan_of())
+    assert 0 < len(rows) < 40  # each fails once in 2**40
+    assert all(np.isclose(every, row, atol=1e-6).all(axis=1).any() for row in rows)
+
+
+def test_a_mean_over_a_persons_records_stays_within_the_norm_of_one() -> None:
+    generator = np.random.default_rng(3)
+    rows, groups = generator.normal(size=(50, 7)), generator.integers(0, 9, 50)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    means = unit_means(rows, groups)
+    assert means.shape == (len(set(groups.tolist())), 7)
+    assert (np.linalg.norm(means, axis=1) <= 1 + 1e-12).all()
+    np.testing.assert_allclose(means[0], rows[groups == min(groups)].mean(axis=0))

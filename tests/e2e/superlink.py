@@ -8,8 +8,7 @@ Every process leads a session of its own, so that what it started ends with it, 
 free ones; every member has its own FLWR_HOME and starts in an empty folder, where no `urna` but the installed one is found.
 """
 
-import datetime
-import ipaddress
+import json
 import os
 import secrets
 import signal
@@ -24,11 +23,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from cryptography.x509.oid import NameOID
+
+from urna.server.certificates import certificate_pem, create_authority, key_pem, new_key, server_certificate
 
 NAME = "loopback"  # of the federation, as the operator's config.toml calls it
 START_SECONDS = 60.0
@@ -41,6 +39,7 @@ class LoopbackFederation:
     folder: Path
     port: int
     processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+    keep: set[str] = field(default_factory=set)  # names of the environment that are passed on all the same
 
     @property
     def ca(self) -> Path:
@@ -49,7 +48,8 @@ class LoopbackFederation:
 
     def environment(self, member: str) -> dict[str, str]:
         """A member's environment: its own FLWR_HOME, no telemetry, nothing that leads Python to the sources."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("FLWR_", "PYTHON", "PYTEST"))}
+        strange = {key for key in os.environ if key.startswith(("FLWR_", "PYTHON", "PYTEST"))} - self.keep
+        kept = {key: value for key, value in os.environ.items() if key not in strange}
         return kept | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(self.home(member)),
@@ -122,6 +122,25 @@ class LoopbackFederation:
             *("--node-config", f'site-dir="{site_dir}" {node_config}'.strip()),
             *("--host", "127.0.0.1", "--port", str(free_ports(1)[0])),
         )
+
+    def join_by_runner(self, member: str, site_dir: Path, allowed_bundles: list[str] | None = None) -> int:
+        """Register a SuperNode's key and start SuperNode and runner as `urna-site up` does; returns the node's id."""
+        key = self.create_key(member)
+        said = json.loads(self.flwr("supernode", "register", str(key.with_suffix(".key.pub")), NAME, "--format", "json"))
+        runtime_port, health_port = free_ports(2)
+        (site_dir / "node.key").write_bytes(key.read_bytes())
+        (site_dir / "ca.pem").write_bytes(self.ca.read_bytes())
+        with (site_dir / "site.toml").open("a", encoding="utf-8") as file:
+            file.write(f'\n[link]\nsuperlink = "127.0.0.1:{self.port}"\n')
+            file.write(f"runtime_port = {runtime_port}\nhealth_port = {health_port}\n")
+            if allowed_bundles is not None:
+                file.write(f"allowed_bundles = {json.dumps(allowed_bundles)}\n")
+        self.start_by_runner(member, site_dir)
+        return int(said["node-id"])
+
+    def start_by_runner(self, member: str, site_dir: Path) -> "subprocess.Popen[bytes]":
+        """Start what `urna-site up` starts."""
+        return self.start(member, sys.executable, "-P", "-m", "urna.client.supervisor", str(site_dir))
 
     def get(self, path: str, scheme: str = "https") -> int:
         """Status of a request to the SuperLink."""
@@ -198,47 +217,8 @@ def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
 
 def _write_certificates(folder: Path) -> None:
     """ca.pem, and server.pem with server.key for localhost and 127.0.0.1; the authority's key is thrown away."""
-    authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "urna test authority")])
-    server = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    identifier = x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key())
-    ca = (
-        _certificate(authority, authority, authority_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
-        .add_extension(identifier, critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    leaf = (
-        _certificate(server, authority, server_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    (folder / "ca.pem").write_bytes(ca.public_bytes(Encoding.PEM))
-    (folder / "server.pem").write_bytes(leaf.public_bytes(Encoding.PEM))
-    (folder / "server.key").write_bytes(server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-
-
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    hour = datetime.timedelta(hours=1)
-    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    return builder.serial_number(x509.random_serial_number()).not_valid_before(now - hour).not_valid_after(now + 24 * hour)
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    authority, key = create_authority("loopback"), new_key()
+    certificate = server_certificate(authority, "superlink", ("localhost", "127.0.0.1"), key.public_key(), days=1)
+    (folder / "ca.pem").write_bytes(certificate_pem(authority.certificate))
+    (folder / "server.pem").write_bytes(certificate_pem(certificate))
+    (folder / "server.key").write_bytes(key_pem(key))

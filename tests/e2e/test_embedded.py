@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from urna.client.ledger import Ledger
+from urna.client.config import Vault
+from urna.client.vault import open_ledger
 from urna.protocol.plan import load_plan
 from urna.server.journal import Journal, is_running
 
@@ -84,7 +85,7 @@ def test_killed_in_a_round_the_run_resumes_to_a_report_and_spends_nothing_twice(
     journal.close()
     releases = sum(entry.value["count"] for entry in rounds)
     for site in sorted((run_dir / "sites").iterdir()):
-        ledger = Ledger.open(site / "ledger.sqlite")
+        ledger = open_ledger(site, Vault())
         assert sum(row.count for row in ledger.rows()) == releases
         ledger.close()
     for name, spent in report["epsilon_spent"]["sites"].items():

@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import urna
 from tests.e2e.superlink import NAME, LoopbackFederation, federation
-from urna.client.config import LEDGER_FILE
+from urna.client.config import Vault
 from urna.client.ledger import Ledger
 from urna.client.local_log import LOG_FILE
+from urna.client.vault import open_ledger
 from urna.embedded import prepare
 from urna.models.pretrain import pretrain
 from urna.privacy.accounting import epsilon_of_rows
 from urna.protocol.errors import BadInputError, RunError, UrnaError
-from urna.protocol.identity import OPERATOR_KEY_FILE, ROSTER_FILE, SITES_DIR, Roster
+from urna.protocol.identity import OPERATOR_KEY_FILE, ROSTER_FILE, SITES_DIR, Identity, Roster
 from urna.protocol.messages import Statement
 from urna.protocol.plan import Plan
 from urna.server.deployed import APP_DIR, begin_deployed, launch
@@ -58,7 +60,7 @@ class Deployed:
 
     def ledger_of(self, site: str) -> Ledger:
         """What a site has spent."""
-        return Ledger.open(self.folder / SITES_DIR / site / LEDGER_FILE)
+        return open_ledger(self.folder / SITES_DIR / site, Vault())
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,9 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     prepare(folder, Plan.model_validate(PLAN | {"federation": plan.federation.model_dump() | {"virtual": virtual}}))
     with federation(tmp_path_factory.mktemp("link")) as link, pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLWR_HOME", str(link.home("operator")))
-        for site in SITES:
-            link.join(site, folder / SITES_DIR / site)
+        for site in SITES[:2]:
+            link.join_by_runner(site, folder / SITES_DIR / site)
+        link.join(SITES[2], folder / SITES_DIR / SITES[2])  # stock Flower
         yield Deployed(link, folder, plan)
 
 
@@ -182,7 +185,7 @@ def test_superlink_gives_no_task_to_who_does_not_know_the_superexec_secret(deplo
 
 def test_the_documented_commands_are_the_tested_ones(deployed: Deployed) -> None:
     documented = documented_blocks("sh").replace("\\\n", " ").splitlines()
-    for member in ("superlink", "superexec", "site-1"):
+    for member in ("superlink", "superexec", "site-3"):
         command = deployed.link.processes[member].args
         assert isinstance(command, tuple)
         (line,) = [shlex.split(line) for line in documented if line.startswith(f"{command[0]} ")]
@@ -194,8 +197,9 @@ def test_the_documented_keys_can_be_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     exec(documented_blocks("python"), {})
-    site, operator = capsys.readouterr().out.split()
-    assert Roster(operator=operator, sites={"hospital-a": site})
+    (operator,) = capsys.readouterr().out.split()
+    site = Identity("hospital-a", Ed25519PrivateKey.generate())
+    assert Roster(operator=operator, sites={"hospital-a": site.public_key_hex})
 
 
 def documented_blocks(language: str) -> str:

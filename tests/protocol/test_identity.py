@@ -1,3 +1,4 @@
+import hmac
 import os
 import stat
 from pathlib import Path
@@ -39,7 +40,7 @@ ROSTER = Roster(operator=OPERATOR_IDENTITY.public_key_hex, sites={"site-1": ONE.
 
 def test_signatures_are_the_ed25519_of_rfc_8032() -> None:
     key = Ed25519PrivateKey.from_private_bytes(RFC_SECRET)
-    assert Identity("x", key).public_key_hex == RFC_PUBLIC
+    assert Identity("x", key).public_key_hex[:64] == RFC_PUBLIC
     assert key.sign(b"\x72").hex() == RFC_SIGNATURE
 
 
@@ -156,7 +157,52 @@ def test_a_private_key_is_not_in_the_text_of_an_identity() -> None:
     assert ONE.private_key.private_bytes_raw().hex() not in repr(ONE)
 
 
-K1, K2, K3 = ("1" * 64, "2" * 64, "3" * 64)
+def test_the_sealing_key_is_a_function_of_the_signing_key_and_of_its_own() -> None:
+    """HKDF-SHA256 of the secret of RFC 8032's test 2, so that a stored identity never opens other parcels than before."""
+    one = Identity("x", Ed25519PrivateKey.from_private_bytes(RFC_SECRET))
+    derived = hmac.digest(hmac.digest(bytes(32), RFC_SECRET, "sha256"), b"urna/1 sealing key\x01", "sha256")  # RFC 5869
+    assert one.sealing_key.private_bytes_raw() == derived
+    assert one.public_key_hex[64:] == one.sealing_key.public_key().public_bytes_raw().hex()
+    assert one.public_key_hex[64:] != RFC_PUBLIC
+    assert derived.hex() not in repr(one)
+
+
+def test_a_member_shares_a_secret_with_whom_the_roster_lists() -> None:
+    shared = TWO.sealing_key.exchange(ROSTER.sealing_key_of("site-1"))
+    assert shared == ONE.sealing_key.exchange(ROSTER.sealing_key_of("site-2"))
+    with pytest.raises(SignatureError, match="found 'site-3': ask for a new roster"):
+        ROSTER.sealing_key_of("site-3")
+
+
+LOW_ORDER = [  # of X25519 (RFC 7748, section 6.1; the list of curve25519 points of small order)
+    "00" * 32,
+    "01" + "00" * 31,
+    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+    "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+    "00" * 31 + "80",
+]
+GOOD = ONE.public_key_hex[64:]
+SAME_POINT = GOOD[:62] + f"{int(GOOD[62:], 16) | 0x80:02x}"  # X25519 ignores the last bit
+
+
+@pytest.mark.parametrize("second", [*LOW_ORDER, SAME_POINT])
+def test_a_sealing_key_that_shares_no_secret_or_is_another_name_of_one_is_refused(second: str) -> None:
+    with pytest.raises(ValidationError, match="the second key of site-1 shares no secret with anyone: ask site-1 for its"):
+        Roster(operator=OPERATOR_IDENTITY.public_key_hex, sites={"site-1": ONE.public_key_hex[:64] + second})
+
+
+@pytest.mark.parametrize("half", [slice(0, 64), slice(64, 128)], ids=["signing", "sealing"])
+def test_no_half_of_a_members_keys_is_anothers(half: slice) -> None:
+    parts = [TWO.public_key_hex[:64], TWO.public_key_hex[64:]]
+    parts[half.start // 64] = ONE.public_key_hex[half]
+    with pytest.raises(ValidationError, match="own key, found one of site-1, site-2 twice"):
+        Roster(operator=OPERATOR_IDENTITY.public_key_hex, sites={"site-1": ONE.public_key_hex, "site-2": "".join(parts)})
+
+
+K1, K2, K3 = ("1" * 128, "2" * 128, "3" * 128)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +216,21 @@ K1, K2, K3 = ("1" * 64, "2" * 64, "3" * 64)
         (f'{{"operator": "{K1}", "sites": {{"../a": "{K2}"}}}}', "string should match pattern"),
         (f'{{"operator": "{K1}", "sites": {{"a": "{K2}", "b": "{K2}"}}}}', "own key, found one of a, b twice: make another"),
         (f'{{"operator": "{K1}", "sites": {{"a": "{K1}", "b": "{K2}"}}}}', "own key, found one of a, operator twice"),
+        (f'{{"operator": "{K1[:64]}", "sites": {{}}}}', "operator: string should match pattern"),
         (f'{{"operator": "{K1}", "sites": {{"operator": "{K2}"}}}}', "a site may not be called operator: rename it"),
     ],
-    ids=["cut", "empty", "extra", "key", "upper case", "name", "one key twice", "operator's key", "operator's name"],
+    ids=[
+        "cut",
+        "empty",
+        "extra",
+        "key",
+        "upper case",
+        "name",
+        "one key twice",
+        "operator's key",
+        "one half",
+        "operator's name",
+    ],
 )
 def test_what_is_no_roster_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "roster.json").write_text(text, "utf-8")

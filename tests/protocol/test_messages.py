@@ -32,11 +32,13 @@ from urna.protocol.messages import (
     Envelope,
     EvaluateRequest,
     Failure,
+    Head,
     HelloReply,
     HelloRequest,
     Masked,
     Member,
     Message,
+    Pending,
     Refusal,
     SpentRow,
     Statement,
@@ -110,6 +112,7 @@ REQUESTS: list[AnyRequest] = [
 ]  # fmt: skip
 REPLIES: list[AnyReply] = [
     HelloReply(request_sha256=REQUEST.sha256, urna_version="0.1", member=MEMBER),
+    Pending(request_sha256=REQUEST.sha256),
     Masked(request_sha256=REQUEST.sha256),
     Unmasked(request_sha256=REQUEST.sha256, answer=ANSWER),
     Burnt(request_sha256=REQUEST.sha256, answer=SILENT),
@@ -564,3 +567,41 @@ def test_a_hello_without_a_commitment_to_the_graph_is_no_hello() -> None:
     del fields["graph_commitment"]
     with pytest.raises(ProtocolError, match=r"expected a request of version 2, found hello\.graph_commitment: missing"):
         open_request(raw(json.dumps(fields).encode()), ROSTER, OPERATOR)
+
+
+# ---- ledger heads
+
+LEDGER_HEAD = Head.create(ONE, 3, SHA)
+
+
+def test_a_ledger_head_is_believed_from_its_site_only() -> None:
+    LEDGER_HEAD.check(ROSTER)
+    Head.model_validate_json(LEDGER_HEAD.model_dump_json()).check(ROSTER)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seq": 4}, {"seq": 30}, {"link": "1" * 64}, {"site": "site-2"}, {"signature": "0" * 128}],
+    ids=str,
+)
+def test_an_altered_ledger_head_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(SignatureError, match=r"expected a ledger head signed by site-[12], found another or no signature"):
+        LEDGER_HEAD.model_copy(update=changes).check(ROSTER)
+
+
+def test_a_ledger_head_of_no_site_is_refused() -> None:
+    for name in (OPERATOR, "site-3"):
+        with pytest.raises(SignatureError, match=f"expected a ledger head of a site, found one of '{name}'"):
+            Head.create(identity(name), 3, SHA).check(ROSTER)
+
+
+def test_another_signature_of_the_site_is_no_ledger_head() -> None:
+    signature = ONE.sign("message", b"").hex()
+    with pytest.raises(SignatureError, match="expected a ledger head signed by site-1"):
+        LEDGER_HEAD.model_copy(update={"signature": signature}).check(ROSTER)
+
+
+@pytest.mark.parametrize("changes", [{"seq": -1}, {"seq": 2**63}, {"seq": 1.5}, {"link": "g" * 64}, {"version": 1}], ids=str)
+def test_what_is_no_ledger_head_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Head.model_validate(LEDGER_HEAD.model_dump() | changes)

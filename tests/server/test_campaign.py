@@ -15,6 +15,7 @@ from urna.privacy.accounting import epsilon_of
 from urna.protocol.errors import FailureCode, RefusedError, RoundError
 from urna.protocol.messages import AnyArray, Envelope, Failure, Masked, _signed_bytes, read_request, signed
 from urna.protocol.plan import Plan, load_plan
+from urna.protocol.sealing import Parcel
 from urna.server.campaign import curve_points
 from urna.server.journal import Journal
 from urna.server.prose import max_training_rounds, plan_in_words
@@ -196,10 +197,9 @@ class Mortal(Federation):
         self.killed = killed  # the exchanges that some earlier life was killed in
         self.num_replies = num_replies  # that the server has taken when it dies
 
-    def ask(
-        self, route: str, requests: Mapping[int, Envelope], timeout_seconds: float
-    ) -> Iterator[tuple[int, Envelope | None]]:
-        asked = read_request(next(iter(requests.values())).body).request_id
+    def ask(self, route: str, requests: Mapping[int, Parcel], timeout_seconds: float) -> Iterator[tuple[int, Parcel | None]]:
+        address, first = next(iter(requests.items()))
+        asked = read_request(self.opened(address, first)[0].body).request_id
         dies = asked not in self.killed
         self.killed.add(asked)
         if dies and self.num_replies < 0:  # the request is in the journal, and nobody has got it
@@ -284,11 +284,11 @@ def test_neither_the_size_of_a_partition_nor_an_unmasked_vector_crosses_the_wire
             if array.size > 60:  # uniform bytes: each quarter a fourth
                 quarters = np.bincount(array.ravel() >> 6, minlength=4) / array.size
                 assert np.abs(quarters - 0.25).max() < 6 * np.sqrt(0.1875 / array.size), name  # false alarm 1e-8 an array
-    declared = {site.config.data.num_records for site in federation.sites}
+    declared = {site.config.dataset[0].num_records for site in federation.sites}
     for site in federation.sites:
-        tuning, held = site.split_records(0.2)
+        tuning, held = site.bench(site.config.dataset[0]).split(0.2)
         needle = f'"num_records":{len(tuning.labels)}'.encode()
-        assert site.config.data.num_records == len(tuning.labels) + len(held.labels)
+        assert site.config.dataset[0].num_records == len(tuning.labels) + len(held.labels)
         assert len(tuning.labels) in declared or not any(needle in envelope.body for envelope in federation.wire)
 
 

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from tests.simulator import Federation, bodies, lost, rounds, small, value
 from urna.privacy.fixed_point import Grid
+from urna.protocol import sealing
 from urna.protocol.errors import PlanError, RoundError
 from urna.protocol.identity import Identity, create_identity
 from urna.protocol.messages import (
@@ -25,12 +26,12 @@ from urna.protocol.messages import (
     HelloReply,
     Masked,
     Member,
-    from_record,
     signed,
     to_record,
 )
 from urna.protocol.plan import Plan
-from urna.server.rounds import GridTransport
+from urna.protocol.sealing import Parcel
+from urna.server.exchange import GridTransport
 
 SITES = tuple(f"site-{number}" for number in range(1, 6))
 
@@ -53,7 +54,7 @@ class Stub:
     pulls_before_reply: int = 0
     pushed: dict[str, Message] = field(default_factory=dict)
     pulled: list[list[str]] = field(default_factory=list)
-    handle: Callable[[Envelope], Envelope] = lambda request: request
+    handle: Callable[[Parcel], Parcel] = lambda request: request
     nodes: deque[list[int]] = field(default_factory=lambda: deque([[1, 2, 3]]))
 
     def get_node_ids(self) -> Iterable[int]:
@@ -81,7 +82,8 @@ class Stub:
             if node in self.broken:
                 found.append(Message(Error(code=3, reason="no such node"), reply_to=request))
             else:
-                found.append(Message(to_record(self.handle(from_record(request.content))), reply_to=request))
+                reply = self.handle(sealing.from_record(request.content))
+                found.append(Message(sealing.to_record(reply), reply_to=request))
             del self.pushed[message_id]
         return found
 
@@ -93,37 +95,35 @@ def in_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
-@pytest.fixture
-def request_of(tmp_path: Path) -> Envelope:
-    return signed(create_identity("operator", tmp_path / "operator.key"), Masked(request_sha256="0" * 64))
+REQUEST = Parcel({"0" * 16: b"header"}, np.arange(200, dtype=np.uint8))
 
 
 def over(stub: Stub) -> GridTransport:
     return GridTransport(cast("FlowerGrid", stub), poll_seconds=0.001)
 
 
-def asked_of(stub: Stub, request: Envelope, *nodes: int, timeout_seconds: float = 5.0) -> Iterator[tuple[int, Envelope | None]]:
-    return over(stub).ask("train", dict.fromkeys(nodes, request), timeout_seconds)
+def asked_of(stub: Stub, *nodes: int, timeout_seconds: float = 5.0) -> Iterator[tuple[int, Parcel | None]]:
+    return over(stub).ask("train", dict.fromkeys(nodes, REQUEST), timeout_seconds)
 
 
 @pytest.mark.usefixtures("in_a_task")
-def test_replies_are_pulled_one_id_at_a_time_and_only_when_the_last_was_taken(request_of: Envelope) -> None:
+def test_replies_are_pulled_one_id_at_a_time_and_only_when_the_last_was_taken() -> None:
     stub = Stub(pulls_before_reply=2)
-    answers = asked_of(stub, request_of, 1, 2, 3)
+    answers = asked_of(stub, 1, 2, 3)
     first = next(answers)
     replied = len(stub.pushed)
     assert (first[0], replied) == (1, 2)  # the others wait where they are
     assert [node for node, reply in answers if reply is not None] == [2, 3]
     assert all(len(ids) == 1 for ids in stub.pulled)
     assert first[1] is not None
-    assert first[1].body == request_of.body
+    assert (first[1].headers, first[1].sha256) == (REQUEST.headers, REQUEST.sha256)
 
 
 @pytest.mark.usefixtures("in_a_task")
-def test_a_silent_site_holds_nobody_up_and_the_deadline_ends_the_exchange(request_of: Envelope) -> None:
+def test_a_silent_site_holds_nobody_up_and_the_deadline_ends_the_exchange() -> None:
     stub = Stub(silent={1})
     started = time.monotonic()
-    answers = asked_of(stub, request_of, 1, 2, timeout_seconds=0.3)
+    answers = asked_of(stub, 1, 2, timeout_seconds=0.3)
     assert next(answers)[0] == 2
     assert time.monotonic() - started < 0.25  # it did not wait for the silent one
     assert list(answers) == []
@@ -132,25 +132,29 @@ def test_a_silent_site_holds_nobody_up_and_the_deadline_ends_the_exchange(reques
 
 @pytest.mark.usefixtures("in_a_task")
 @pytest.mark.parametrize("stored", [[], [""]])
-def test_a_message_that_was_not_stored_is_told_at_once(request_of: Envelope, stored: list[str]) -> None:
+def test_a_message_that_was_not_stored_is_told_at_once(stored: list[str]) -> None:
     stub = Stub(unpushable={2: stored})
-    answers = list(asked_of(stub, request_of, 1, 2, 3))
+    answers = list(asked_of(stub, 1, 2, 3))
     assert [(node, reply is None) for node, reply in answers] == [(2, True), (1, False), (3, False)]
 
 
 @pytest.mark.usefixtures("in_a_task")
-def test_flowers_errors_and_foreign_content_are_no_replies(request_of: Envelope) -> None:
-    def foreign(_: Envelope) -> Envelope:
-        return Envelope("site-1", b"{}", b"", {"segment-000000": np.zeros(3, np.float64)})
+def test_flowers_errors_and_foreign_content_are_no_replies() -> None:
+    class Foreign(Stub):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            for reply in super().pull_messages(message_ids):
+                if reply.has_content():
+                    reply.content = to_record(Envelope("site-1", b"{}", b""))  # as it was before it was sealed
+                yield reply
 
-    stub = Stub(broken={1}, handle=foreign)
-    assert list(asked_of(stub, request_of, 1, 2)) == [(1, None), (2, None)]
+    stub = Foreign(broken={1})
+    assert list(asked_of(stub, 1, 2)) == [(1, None), (2, None)]
 
 
 @pytest.mark.usefixtures("in_a_task")
-def test_messages_live_as_long_as_the_round_may_take(request_of: Envelope) -> None:
+def test_messages_live_as_long_as_the_round_may_take() -> None:
     stub = Stub(silent={1})
-    list(asked_of(stub, request_of, 1, timeout_seconds=0.05))
+    list(asked_of(stub, 1, timeout_seconds=0.05))
     (message,) = stub.pushed.values()
     assert (message.metadata.ttl, message.metadata.message_type) == (0.05, "train")
 
@@ -164,14 +168,13 @@ def test_addresses_are_waited_for_until_enough_are_there_or_the_time_is_up() -> 
 @pytest.mark.usefixtures("in_a_task")
 def test_a_round_over_flowers_records_opens_what_the_sites_sent(tmp_path: Path) -> None:
     """The same exchanges over the stub: segments, shares, checks and pads survive Flower's records."""
-    federation = Federation(tmp_path / "run", brief())
 
     class OverRecords(Federation):
-        """Every envelope goes through Flower's records, both ways."""
+        """Every parcel goes through Flower's records, both ways."""
 
-        def _handled(self, route: str, address: int, request: Envelope) -> Envelope | None:
-            reply = super()._handled(route, address, from_record(to_record(request)))
-            return None if reply is None else from_record(to_record(reply))
+        def _handled(self, route: str, address: int, request: Parcel) -> Parcel | None:
+            reply = super()._handled(route, address, sealing.from_record(sealing.to_record(request)))
+            return None if reply is None else sealing.from_record(sealing.to_record(reply))
 
     federation = OverRecords(tmp_path / "run", brief())
     with federation.stages() as stages:
@@ -349,7 +352,7 @@ def test_the_mean_of_local_steps_is_as_exact_as_its_ring(tmp_path: Path, bits: i
     monkeypatch.setattr(training, "local_steps", lambda *args: changes.append(steps(*args)) or changes[-1])  # type: ignore[func-returns-value]
     with federation.stages() as stages:
         stages.train("final", "final/1", "pixels", stages.start("pixels"), 1, 4.0, 2)
-    sizes = [site.config.data.num_records for site in federation.sites]
+    sizes = [site.config.dataset[0].num_records for site in federation.sites]
     exact = sum(change * size for change, size in zip(changes, sizes, strict=True)) / sum(sizes)
     body = json.loads(str(value(tmp_path / "run", "ask/final/1")["body"]))
     grid = Grid(body["step_exp"], 5, bits)
@@ -416,7 +419,7 @@ def coarse(text: str) -> str:
 
 def true_numbers(federation: Federation) -> set[int]:
     """Of records, tuning and held-out ones, of every site; those that are small or in the plan are no evidence."""
-    parts = [site.split_records(0.2) for site in federation.sites]
+    parts = [site.bench(site.config.dataset[0]).split(0.2) for site in federation.sites]
     counts = {len(part.labels) for both in parts for part in both} | {sum(len(part.labels) for part in both) for both in parts}
     return {count for count in counts if count > 150 and count % 100 != 7}
 
@@ -433,17 +436,17 @@ def test_no_plain_num_examples_on_wire(tmp_path: Path, noise: str) -> None:
     numbers = true_numbers(federation)
     assert len(numbers) >= 8
     assert not leaks(federation.wire, numbers)
-    for envelope in federation.wire:
-        record = to_record(envelope)
+    for parcel in federation.parcels:
+        record = sealing.to_record(parcel)
         assert not record.metric_records  # where Flower's own apps put num-examples
-        assert set(record.config_records["envelope"]) == {"sender", "body", "signature"}
+        assert (set(record.config_records), set(record.array_records)) == ({"parcel"}, {"content"})
 
 
 def test_what_a_site_declares_would_be_found_were_it_its_true_number(tmp_path: Path) -> None:
     federation = Federation(tmp_path / "run", brief())
     with federation.stages():
         pass
-    declared = {site.config.data.num_records for site in federation.sites}
+    declared = {site.config.dataset[0].num_records for site in federation.sites}
     assert leaks(federation.wire, declared) == {f"number {number}" for number in declared}
 
 
