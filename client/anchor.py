@@ -12,6 +12,7 @@ import errno
 import hmac
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,10 @@ def read_anchor(path: Path, key: bytes) -> Anchored:
         LedgerError: it is missing, altered, or of another ledger's key.
     """
     try:
-        with path.open("rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
             raw = file.read(LIMIT_BYTES + 1)
     except FileNotFoundError:
         raise LedgerError(

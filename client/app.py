@@ -3,6 +3,7 @@
 Under the embedded engine a process serves several virtual sites, so open sites are kept by folder.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from urna.client.local_log import local_log
+from urna.client.local_log import Event, local_log, write
 from urna.client.site import Site, open_site
 from urna.protocol.errors import ProtocolError
 from urna.protocol.sealing import Parcel, from_record, to_record
@@ -32,7 +33,7 @@ def answer_record(site: Site, record: RecordDict) -> RecordDict:
     try:
         parcel = from_record(record)
     except ProtocolError as error:
-        site.log.warning("%s", error)
+        write(site.log, Event.REQUEST_FAILED, level=logging.WARNING, error=error)
         parcel = Parcel({}, np.empty(0, np.uint8))
     return to_record(site.receive(parcel))
 

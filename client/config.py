@@ -16,11 +16,14 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
+VaultPath = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,1000}$")]
+
+
 class Vault(Section):
     """``[vault]``: where the ledger and the data key are; nodes that hold the same records share one."""
 
-    folder: str = "."  # relative to the site's folder, or absolute
-    anchor: str = "ledger.anchor"  # the ledger's last head; keep it on another disk than the ledger, out of its backups
+    folder: VaultPath = "."  # relative to the site's folder, or absolute
+    anchor: VaultPath = "ledger.anchor"  # the ledger's last head; keep it on another disk than the ledger, out of its backups
 
 
 class Link(Section):
@@ -67,9 +70,14 @@ def load_site_config(folder: Path) -> SiteConfig:
         SiteConfigError: missing, not TOML, or a key that is unknown, missing or out of range.
     """
     path = folder / CONFIG_FILE
+    text = read_text(path, "site.toml", SiteConfigError)
     try:
-        return SiteConfig.model_validate(tomllib.loads(read_text(path, "site.toml", SiteConfigError)))
-    except tomllib.TOMLDecodeError as error:
+        document = tomllib.loads(text)
+    except ValueError as error:  # syntax, or an integer of thousands of digits
         raise SiteConfigError(f"{path}: expected TOML, found a syntax error: {error}") from None
+    except RecursionError:
+        raise SiteConfigError(f"{path}: expected TOML, found brackets nested too deep") from None
+    try:
+        return SiteConfig.model_validate(document)
     except ValidationError as error:
         raise SiteConfigError(f"{path}: {explain(error, SiteConfig)}") from None

@@ -67,7 +67,7 @@ class DatasetConfig(Section):
     name: Name
     format: Literal["csv", "parquet", "jsonl", "images", "text", "sql"]
     modality: Literal["image", "text", "table"]
-    num_records: Annotated[int, Field(ge=1)]  # declared: public, may be rounded; the true count shapes nothing
+    num_records: Annotated[int, Field(ge=1, le=10**12)]  # declared: public, may be rounded; the true count shapes nothing
     path: str | None = None  # relative to the site's folder: a file, or the folder of images or texts
     manifest: str | None = None  # of images or texts: a CSV file in their folder; None: one subfolder a label
     url: str | None = None  # of sql: SQLAlchemy's, without a password; a SQLite file is relative to the site's folder

@@ -88,7 +88,7 @@ def check_rows(connection: sqlite3.Connection, key: bytes, rounds: Mapping[tuple
             raise LedgerError(f"the ledger was altered at entry {position}, or is of another data key: restore it")
         if row[1] not in EVENTS and row[1] != "created":
             said[row[1], row[2]] = row[3]
-    found = dict(_hashes(connection)) | rounds
+    found = {**dict(_hashes(connection)), **rounds}
     if link == GENESIS or found != said:
         wrong = sorted(one for one in found.keys() | said.keys() if found.get(one) != said.get(one))
         kind, subject = wrong[0] if wrong else ("created", "ledger")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import urna
-from urna.client.local_log import local_log
+from urna.client.local_log import Event, local_log, write
 from urna.client.round_store import RoundStore
 from urna.client.secure_rounds import SecureRounds
 from urna.privacy.fixed_point import Rounding
@@ -94,8 +94,8 @@ class MeanSite:
         try:
             return self._answer(envelope, received, work)
         except Exception as error:  # the edge: only a code leaves
-            self.log.exception("a request could not be answered")
             code = next((code for kind, code in CODES if isinstance(error, kind)), FailureCode.INTERNAL)
+            write(self.log, Event.REQUEST_FAILED, "a request", level=logging.ERROR, code=code, error=error)
             return signed(self.rounds.identity, Failure(request_sha256=envelope.sha256, code=code))
 
     def _answer(self, envelope: Envelope, received: Received, work: Callable[[], Worked]) -> Envelope:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from urna.client.ledger_rows import Release
-from urna.privacy.accounting import counted, epsilon_of, epsilon_of_rows
+from urna.privacy.accounting import counted, epsilon_of, epsilon_of_rows, is_accountable
 from urna.protocol.identity import IdentityKeyHex
 from urna.protocol.messages import SpentRow
 from urna.protocol.plan import Name, Plan, Section
@@ -139,6 +139,8 @@ def admit_release(
     more = max(planned_count - campaign[event], release.count)
     campaign[event] += more
     ever[event] += more
+    if not is_accountable(campaign) or not is_accountable(ever):
+        return Denial(("budget: this stage has so little noise for so many releases that no budget could hold it",))
     epsilon_campaign = epsilon_of(campaign, plan.privacy.delta)
     cap = min(plan.privacy.epsilon, policy.epsilon_per_campaign)
     epsilon_ever = epsilon_of(ever, policy.delta)

@@ -231,7 +231,7 @@ def run(
     secret = _read_secret(folder)
     with _signals_as_event(parent) as (stop, ended):
         log = local_log(config.name, folder)
-        site, runtime = WarmSite(folder, beside or _attended), Runtime(f"127.0.0.1:{link.runtime_port}", secret)
+        site, runtime = WarmSite(folder, beside or attended), Runtime(f"127.0.0.1:{link.runtime_port}", secret)
         runner = Runner(runtime, site, log, allowed_bundles=link.allowed_bundles, on_bundle=site.saw_bundle)
         threading.Thread(target=_end, args=(runner, stop, ended), name="end of the runner", daemon=True).start()
         write(log, Event.STARTED, f"runner, process {os.getpid()}")
@@ -245,7 +245,7 @@ def run(
     return 0
 
 
-def _attended(site: "Site") -> "contextlib.AbstractContextManager[object]":
+def attended(site: "Site") -> "contextlib.AbstractContextManager[object]":
     """The control socket, for the people of the site."""
     from urna.client.control import serve
     from urna.client.desk import LedgerDesk

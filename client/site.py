@@ -29,12 +29,12 @@ from urna.client.config import SiteConfig, load_site_config
 from urna.client.dataset import DatasetConfig
 from urna.client.ledger import Ledger
 from urna.client.ledger_rows import CampaignRow, Release, Waiting
-from urna.client.local_log import local_log
+from urna.client.local_log import Event, local_log, write
 from urna.client.policy import Denial, admit_plan, admit_release, missing_peers
 from urna.client.round_store import Audited
 from urna.client.secure_rounds import SecureRounds, graph_nonce
 from urna.client.vault import load_data_key, open_ledger
-from urna.client.work import Workbench, head_of, heads_of
+from urna.client.work import Workbench, check_grid, head_of, heads_of
 from urna.models.catalogue import CATALOGUE
 from urna.models.loading import artefact_sha256
 from urna.privacy.accounting import described, epsilon_of_rows
@@ -73,6 +73,7 @@ from urna.protocol.messages import (
     Member,
     Pending,
     Refusal,
+    Request,
     SetupReply,
     SetupRequest,
     Stage,
@@ -88,6 +89,9 @@ from urna.protocol.quorum import Quorum
 from urna.protocol.sealing import Parcel, seal, unseal
 
 MAX_BUNDLES = 1000  # that the ledger remembers
+
+
+REASON_LIMIT, REASONS_LIMIT = 1000, 100  # what a `Refusal` carries: characters of one, and how many
 
 
 @dataclass
@@ -116,7 +120,7 @@ class Site:
             return seal(self.identity, self.roster, reply, {OPERATOR: head}, answers=parcel.sha256)
         except Exception as error:  # the edge, as in `handle`
             code = failure_code(error)
-            self.log.exception("a parcel failed with code %s", code)
+            write(self.log, Event.REQUEST_FAILED, "a parcel", level=logging.ERROR, code=code, error=error)
             failure = signed(self.identity, Failure(request_sha256=asked, code=code))
             return seal(self.identity, self.roster, failure, {OPERATOR: None}, answers=parcel.sha256)
 
@@ -133,7 +137,7 @@ class Site:
             return self._answer(request)
         except Exception as error:  # the edge: whatever happened, only a code leaves
             code = failure_code(error)
-            self.log.exception("request failed with code %s", code)
+            write(self.log, Event.REQUEST_FAILED, "a request", level=logging.ERROR, code=code, error=error)
             return signed(self.identity, Failure(request_sha256=request.sha256, code=code))
 
     def _answer(self, envelope: Envelope) -> Envelope:
@@ -179,10 +183,11 @@ class Site:
         if dataset is None or number is None:
             asked = plan.task.dataset or f"{plan.task.modality}s of {plan.task.num_classes} classes"
             reasons += (f"task: this site has no records of {asked}",)
-            return self._refused(envelope, request.campaign, reasons)
+            return self._refused(envelope, request, reasons)
         if reasons:
-            return self._refused(envelope, request.campaign, reasons)
+            return self._refused(envelope, request, reasons)
         if self.is_paused or not self._approved(envelope, request, plan):
+            write(self.log, Event.CAMPAIGN_WAITS, campaign=request.campaign)
             return signed(self.identity, Pending(request_sha256=envelope.sha256))
         key = X25519PrivateKey.generate()
         public = key.public_key().public_bytes_raw().hex()
@@ -201,11 +206,23 @@ class Site:
             site=self.identity.public_key_hex,
             dataset=number,
         )
-        return Envelope.from_bytes(self.ledger.join(row).reply)
+        joined = self.ledger.join(row)
+        write(self.log, Event.CAMPAIGN_OPENED, campaign=request.campaign)
+        return Envelope.from_bytes(joined.reply)
 
-    def _refused(self, envelope: Envelope, what: str, reasons: tuple[str, ...]) -> Envelope:
-        self.log.warning("refused %s: %s", what, "; ".join(reasons))
-        return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=reasons))
+    def _refused(self, envelope: Envelope, request: Request, reasons: tuple[str, ...]) -> Envelope:
+        event = Event.CAMPAIGN_REFUSED if isinstance(request, HelloRequest) else Event.RELEASE_REFUSED
+        write(
+            self.log,
+            event,
+            "; ".join(reasons),
+            level=logging.WARNING,
+            campaign=request.campaign,
+            request_id=request.request_id,
+            stage=request.stage,
+        )
+        told = tuple(reason if len(reason) <= REASON_LIMIT else f"{reason[: REASON_LIMIT - 3]}..." for reason in reasons)
+        return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=told[:REASONS_LIMIT]))
 
     def _unfit(self, plan: Plan, models: dict[str, str]) -> tuple[str, ...]:
         """What this installation lacks for the plan, beside its policy."""
@@ -272,7 +289,7 @@ class Site:
         if known is None and not reasons:
             reasons = self._reserve(envelope, request, plan)
         if reasons:
-            return self._refused(envelope, request.request_id, reasons)
+            return self._refused(envelope, request, reasons)
         bench = self.bench(self._dataset(plan))
         grid = Grid(request.step_exp, len(request.cohort), request.ring_bits)
         numbers = grid.to_ring(bench.summand(envelope, request, plan, kept.models, self.identity.name))
@@ -300,7 +317,7 @@ class Site:
     def _unmask(self, envelope: Envelope, request: UnmaskRequest, plan: Plan, kept: CampaignRow) -> Envelope:
         alone = missing_peers(self.config.policy, request.alive)
         if alone is not None:
-            return self._refused(envelope, request.request_id, alone.reasons)
+            return self._refused(envelope, request, alone.reasons)
 
         def sealed(pads: Bytes, answer: AnswerOfSite) -> bytes:
             return signed(self.identity, Unmasked(request_sha256=envelope.sha256, answer=answer), {"pads": pads}).to_bytes()
@@ -335,6 +352,7 @@ class Site:
             head_of(envelope, name, candidate, plan)
         if isinstance(request, EvaluateRequest) and request.detail and not plan.evaluation.confusion:
             raise ProtocolError("expected counts without a confusion matrix, as the plan says; found a request for one")
+        check_grid(request, plan)
         secure = self._secure(plan)
         if plan.federation.secure_sum:
             quorum = _quorum(plan, len(request.cohort))

@@ -86,6 +86,11 @@ def shared_step(
     return noisy_sum(rows, plan.final.max_grad_norm, noise_multiplier, grid, num_noise_parties=num_noise_parties)
 
 
+def local_grid(max_norm: float) -> Grid:
+    """The grid of a local step."""
+    return Grid(step_exp=math.floor(math.log2(max_norm)) - LOCAL_GRID_BITS, num_summands=1)
+
+
 def local_steps(
     data: TuningSet,
     vector: npt.NDArray[np.float32],
@@ -106,7 +111,7 @@ def local_steps(
         ProtocolError: a gradient is not finite.
     """
     max_norm = plan.final.max_grad_norm
-    grid = Grid(step_exp=math.floor(math.log2(max_norm)) - LOCAL_GRID_BITS, num_summands=1)
+    grid = local_grid(max_norm)
     current = vector.astype(np.float64)
     for _ in range(plan.final.local_steps):
         rows = sample_gradients(data, current.astype(np.float32), plan)

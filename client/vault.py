@@ -42,7 +42,11 @@ def load_data_key(folder: Path, vault: Vault) -> bytes:
         SiteConfigError: missing, or not 32 bytes.
     """
     path = vault_folder(folder, vault) / DATA_KEY_FILE
-    if not path.is_file() or path.stat().st_size != KEY_BYTES:
+    try:
+        is_key = path.is_file() and path.stat().st_size == KEY_BYTES
+    except OSError:  # a name that no file system has
+        is_key = False
+    if not is_key:
         raise SiteConfigError(f"expected the site's data key (32 bytes) at {path}: restore it, a new one moves records")
     return path.read_bytes()
 

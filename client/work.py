@@ -22,7 +22,7 @@ from urna.models.tuning import normalise_for_head, trainable_size
 from urna.privacy.counts import CountLayout
 from urna.privacy.fixed_point import Grid
 from urna.privacy.mechanisms import Floats, Integers
-from urna.privacy.release import noisy_sum
+from urna.privacy.release import check_fits, noisy_sum
 from urna.protocol.errors import ProtocolError
 from urna.protocol.messages import BallotRequest, Envelope, EvaluateRequest, Summed, TrainRequest
 from urna.protocol.plan import Name, Plan
@@ -132,6 +132,31 @@ class Workbench:
             tuning, held = self.split(fraction)
             self._features[key] = (backbone.features(tuning.images), backbone.features(held.images))
         return self._features[key]
+
+
+def check_grid(request: Summed, plan: Plan) -> None:
+    """Whether clip and noise fit the grid that is asked for: a sum of no records, before anything is reserved.
+
+    Raises:
+        ProtocolError: they do not.
+    """
+    grid = Grid(request.step_exp, len(request.cohort), request.ring_bits)
+    parties, multiplier = plan.noise_parties(len(request.cohort)), request.noise_multiplier
+    clip, size, sensitivity_clips = 1.0, 1, 1
+    match request:
+        case BallotRequest():
+            clip, size, sensitivity_clips = plan.ballot.clip, len(request.candidates), 2
+        case TrainRequest():
+            clip = plan.final.max_grad_norm
+            size = trainable_size(spec(request.candidate).feature_dim, plan.task.num_classes)
+            if plan.privacy.noise == "local":
+                grid, parties = training.local_grid(clip), 1
+        case EvaluateRequest():
+            size = CountLayout(len(request.candidates), plan.task.num_classes if request.detail else 0).size
+    try:
+        check_fits(size, clip, multiplier, grid, num_noise_parties=parties, sensitivity_clips=sensitivity_clips)
+    except ValueError as error:
+        raise ProtocolError(f"expected a grid that holds clip and noise, found another: {error}") from None
 
 
 def heads_of(request: Summed) -> dict[str, Name]:

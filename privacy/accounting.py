@@ -27,6 +27,8 @@ from urna.protocol.messages import PARTITIONS, BallotRequest, EvaluateRequest, P
 from urna.protocol.plan import Plan
 
 PLD_STEP = 1e-3  # discretisation of the privacy loss; pessimistic, so epsilon can only come out too large
+MIN_NOISE_MULTIPLIER = 0.05  # of a release that is laid out in such steps: 4 s; with 0.01 it takes 100 s and 1.3 GB
+MAX_LOSS = 10_000.0  # of all releases together, as `is_accountable` estimates it
 
 
 def gaussian(noise_multiplier: float) -> str:
@@ -105,6 +107,23 @@ def _epsilon(merged: tuple[tuple[str, int], ...], delta: float) -> float:
     for text, count in merged:
         accountant.compose(event_from_json(text), count)
     return float(accountant.get_epsilon(delta))
+
+
+def is_accountable(events: Mapping[str, int]) -> bool:
+    """Whether `epsilon_of` answers in seconds; what it does not would cost more than any plan may.
+
+    The grid grows with the privacy loss, which whoever asks chooses: with the smallest noise it fills the memory. The estimate
+    is the loss's second Renyi moment (Mironov et al. 2019).
+    """
+    loss = 0.0
+    for text, count in events.items():
+        event, rate = event_from_json(text), 1.0
+        if isinstance(event, dp_accounting.PoissonSampledDpEvent):
+            event, rate = event.event, event.sampling_probability
+        if event.noise_multiplier < MIN_NOISE_MULTIPLIER:
+            return False
+        loss += count * math.log1p(rate**2 * math.expm1(event.noise_multiplier**-2))
+    return loss <= MAX_LOSS
 
 
 def counted(rows: Iterable[SpentRow], partition: Partition) -> Counter[str]:

@@ -47,6 +47,18 @@ def noisy_sum(
     return total + noise_share(total.size, max_norm, noise_multiplier, grid, num_noise_parties, sensitivity_clips)
 
 
+def check_fits(
+    size: int, max_norm: float, noise_multiplier: float, grid: Grid, *, num_noise_parties: int, sensitivity_clips: int = 1
+) -> None:
+    """Whether `noisy_sum` of ``size`` numbers can fail whatever the rows: tried with none.
+
+    Raises:
+        ValueError: the grid is too coarse or too fine for this clip or noise.
+    """
+    grid.quantise_rows(np.zeros((0, size)), max_norm)
+    noise_share(1, max_norm, noise_multiplier, grid, num_noise_parties, sensitivity_clips)
+
+
 def noise_share(
     size: int, max_norm: float, noise_multiplier: float, grid: Grid, num_noise_parties: int, sensitivity_clips: int
 ) -> Integers:

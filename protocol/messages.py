@@ -430,9 +430,9 @@ def check_envelope(envelope: Envelope, roster: Roster, sender: str) -> None:
         raise ProtocolError(f"expected a body of at most {BODY_LIMIT_BYTES} bytes, found {len(envelope.body)}")
     for name, array in envelope.arrays.items():
         if str(array.dtype) not in ARRAY_TYPES:
-            raise ProtocolError(f"expected arrays of {' or '.join(ARRAY_TYPES)}, found {array.dtype} in {name!r}")
+            raise ProtocolError(f"expected arrays of {' or '.join(ARRAY_TYPES)}, found {array.dtype} in {name[:80]!r}")
     if envelope.sender != sender:
-        raise ProtocolError(f"expected a message of {sender}, found one of {envelope.sender!r}")
+        raise ProtocolError(f"expected a message of {sender}, found one of {envelope.sender[:80]!r}")
     verify(roster, sender, "message", _signed_bytes(envelope.body, envelope.arrays), envelope.signature)
 
 
@@ -446,8 +446,13 @@ def _signed_bytes(body: bytes, arrays: Mapping[str, AnyArray]) -> bytes:
 
 
 def summary_of(error: ValidationError) -> str:
-    """Where a foreign message is wrong, without its content."""
-    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['type']}" for item in error.errors()[:3])
+    """Where a foreign message is wrong, without its content; keys that nobody would name a field are left out, too."""
+    return "; ".join(f"{'.'.join(map(_named, item['loc'])) or 'body'}: {item['type']}" for item in error.errors()[:3])
+
+
+def _named(part: int | str) -> str:
+    text = str(part)
+    return text if text.isascii() and text.isprintable() and 0 < len(text) <= 80 else "..."
 
 
 def to_record(envelope: Envelope) -> "RecordDict":

@@ -7,10 +7,12 @@ so nothing that leaves a site is shaped by its records. Unknown keys are errors:
 import difflib
 import hashlib
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -18,6 +20,8 @@ from urna.protocol.errors import PlanError, ProtocolError
 from urna.protocol.quorum import Quorum, quorum
 
 PLAN_LIMIT_BYTES = 1_000_000  # refused before it is parsed
+EXPLAINED_LIMIT, MISTAKE_LIMIT = 1_500, 300  # characters: of all mistakes together, of one
+_LOGIN = re.compile(r"://\S*@")  # of a URL: what stands before the host may be a password
 
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -33,9 +37,10 @@ class Section(BaseModel):
     def _numbers_are_numbers(cls, value: object, info: ValidationInfo) -> object:
         """Pydantic alone reads "3.0" and true as numbers, and takes infinity and integers that no JSON reader takes back."""
         field = cls.model_fields.get(info.field_name or "")
-        if field is not None and field.annotation is bool and not isinstance(value, bool):
+        kinds = set() if field is None else _kinds_of(field.annotation)
+        if kinds and kinds <= {bool, NoneType} and not isinstance(value, bool | None):
             raise ValueError("input should be true or false, without quotes")
-        if field is not None and field.annotation in (int, float):
+        if kinds & {int, float} and kinds <= {int, float, NoneType}:
             if isinstance(value, str | bool):
                 raise ValueError("input should be a number, without quotes")
             if isinstance(value, float) and not math.isfinite(value):
@@ -43,6 +48,15 @@ class Section(BaseModel):
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise ValueError("input should be below 2**63")
         return value
+
+
+def _kinds_of(annotation: object) -> set[object]:
+    """The types that a value may have, those of ``number | None`` included."""
+    if get_origin(annotation) is Annotated:
+        return _kinds_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set[object]().union(*map(_kinds_of, get_args(annotation)))
+    return {annotation}
 
 
 class Task(Section):
@@ -346,7 +360,21 @@ def read_text(path: Path, what: str, error: type[Exception]) -> str:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line a person can act on: each wrong field with what was expected and what was found."""
-    return "; ".join(_explain_one(dict(item), model) for item in error.errors(include_url=False))
+    items = error.errors(include_url=False)
+    wrong = [item["loc"] for item in items]
+    told = [one for one in items if not (one["type"] == "too_short" and any(_is_below(loc, one["loc"]) for loc in wrong))]
+    shown: list[str] = []
+    for item in told:
+        line = _cut(_explain_one(dict(item), model), MISTAKE_LIMIT)
+        if sum(map(len, shown)) + len(line) > EXPLAINED_LIMIT:
+            return "; ".join([*shown, f"and {len(told) - len(shown)} more"])
+        shown.append(line)
+    return "; ".join(shown)
+
+
+def _is_below(location: tuple[int | str, ...], upper: tuple[int | str, ...]) -> bool:
+    """Whether something is a part of ``upper``: an entry that is wrong is missing, too, in pydantic's eyes."""
+    return len(location) > len(upper) and location[: len(upper)] == upper
 
 
 def _explain_one(item: dict[str, object], model: type[BaseModel]) -> str:
@@ -373,11 +401,20 @@ def _one_line(part: object) -> str:
 
 
 def _shown(value: object) -> str:
+    """What was found; never the content of a whole section, for a key of it may hold a secret."""
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, list | tuple) and any(isinstance(one, dict | list | tuple) for one in value):
+        return f"a list of {len(value)}"
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print an integer of more than 4300 digits
         return "a number of thousands of digits"
-    return text if len(text) < 80 else text[:77] + "..."
+    return _cut(_LOGIN.sub("://...@", text), 80)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) < limit else text[: limit - 3] + "..."
 
 
 def _fields_at(location: tuple[object, ...], model: type[BaseModel]) -> list[str]:

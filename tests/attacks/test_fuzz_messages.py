@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -397,7 +398,7 @@ def test_mutants_of_the_site_are_noticed(ward: Ward, monkeypatch: pytest.MonkeyP
         request = open_request(envelope, self.roster, OPERATOR)
         if request.kind == "train":
             plan = ward.clinic.plan
-            real_reserve(self, envelope, request, plan)  # type: ignore[arg-type]
+            real_reserve(self, envelope, request, plan)
             raise ProtocolError("refused afterwards")
         return real_answer(self, envelope)
 
@@ -415,9 +416,9 @@ def test_mutants_of_the_site_are_noticed(ward: Ward, monkeypatch: pytest.MonkeyP
     ):
         with monkeypatch.context() as patch:
             patch.setattr(Site, name, mutant)
-            must_fail(lambda request=request: handled(ward, request) and None)  # type: ignore[misc]
+            must_fail(partial(handled, ward, request))
 
 
 def test_a_reply_that_is_not_checked_is_noticed(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.attacks.test_fuzz_messages.open_reply", lambda *_: Masked(request_sha256="0" * 64))
-    must_fail(lambda: believed(ward.good["train"], resigned(ward.site.identity, b"{", {}), ward.roster) and None)
+    must_fail(lambda: believed(ward.good["train"], resigned(ward.site.identity, b"{", {}), ward.roster))

@@ -35,7 +35,7 @@ from urna.client.site import Site, failure_code
 from urna.models.pretrain import pretrain
 from urna.protocol import errors
 from urna.protocol.errors import FailureCode, ProtocolError, UrnaError
-from urna.protocol.messages import Failure, Head
+from urna.protocol.messages import Failure, Head, signed
 from urna.protocol.sealing import Parcel, from_record, seal, to_record, unseal
 from urna.server.metrics import RunsCollector
 from urna.server.report_page import write_report
@@ -95,7 +95,9 @@ def leaving(federation: Federation, out: Path) -> dict[str, bytes]:
         for path in write_receipts(site.folder, out / site.config.name):
             found[f"receipt of {site.config.name}"] = path.read_bytes()
     for at, parcel in enumerate(federation.parcels):
-        found[f"parcel {at}"] = b"\n".join([*(key.encode() + value for key, value in parcel.headers.items()), parcel.content])
+        found[f"parcel {at}"] = b"\n".join(
+            [*(key.encode() + value for key, value in parcel.headers.items()), parcel.content.tobytes()]
+        )
     for at, envelope in enumerate(federation.wire):
         arrays = (array.tobytes() for array in envelope.arrays.values())
         found[f"envelope {at}"] = b"\n".join([envelope.body, envelope.to_bytes(), *arrays])
@@ -273,7 +275,7 @@ def test_exception_text_never_leaves_flowers_app(
 
 def test_exception_text_never_leaves_the_runner(tmp_path: Path) -> None:
     """A site that cannot be opened, for every reason: the operator reads one fixed text."""
-    opened = []
+    opened: list[type[Exception] | None] = []
 
     def answer(content: RecordDict) -> RecordDict:
         error = CLASSES[len(opened)] if len(opened) < len(CLASSES) else None
@@ -309,7 +311,7 @@ def test_exception_text_never_leaves_the_runner(tmp_path: Path) -> None:
 def test_an_edge_that_tells_is_noticed(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted mutant: a failure that carries the text of its exception."""
     parcel = asked(clinic)
-    real = site_module.signed
+    real = signed
 
     def tells(identity: Any, message: Any, arrays: Any = None) -> Any:
         envelope = real(identity, message, arrays)

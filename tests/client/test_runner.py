@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.constant import TaskType
 
+from tests.client.clinic import Clinic
 from tests.client.runtime_api import RUN, SECRET, SuperNode, supernode
 from urna.client import flower_runtime
+from urna.client.control import connect
 from urna.client.flower_runtime import BUNDLE_LIMIT_BYTES, Answer, Runtime
 from urna.client.local_log import LOG_FILE, local_log
-from urna.client.runner import CANNOT_ANSWER, NO_SUCH_BUNDLE, Runner, run
+from urna.client.runner import CANNOT_ANSWER, NO_SUCH_BUNDLE, Runner, WarmSite, attended, run
 from urna.client.supervisor import SECRET_FILE
-from urna.protocol.errors import SiteConfigError
+from urna.protocol.errors import LedgerError, RunnerError, SiteConfigError
 
 CANARY = "canary-7f3a"
 
@@ -229,6 +232,8 @@ class Site(runner.WarmSite):
         pass
     def close(self):
         (self._folder / "closed").touch()
+    def saw_bundle(self, sha256, run_id):
+        pass
     def __call__(self, content):
         (self._folder / "entered").touch()
         time.sleep({seconds})
@@ -295,3 +300,37 @@ def test_it_ends_with_its_parent(node: SuperNode, tmp_path: Path) -> None:
 def test_without_a_link_or_a_secret_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SiteConfigError, match=r"site\.toml"):
         run(tmp_path)
+
+
+# ---- the site behind it
+
+
+def test_an_open_site_holds_its_ledger_serves_its_people_and_notes_bundles(clinic: Clinic) -> None:
+    clinic.folder.chmod(0o700)
+    clinic.site.close()
+    warm = WarmSite(clinic.folder, attended)
+    warm.saw_bundle("ab" * 32, 7)
+    with connect(clinic.folder) as person:
+        assert person.status().bundles_seen == ("ab" * 32,)
+        person.pause()
+        assert person.status().paused
+    other = clinic.reopened().site
+    other.ledger.timeout_seconds = 0.0
+    with pytest.raises(LedgerError, match=f"process {os.getpid()} of this site uses it; one process at a time may spend"):
+        other.ledger.note("resume", "site-1")
+    warm.close()
+    other.ledger.note("resume", "site-1")
+    with pytest.raises(RunnerError), connect(clinic.folder) as nobody:
+        nobody.status()
+
+
+def test_a_second_runner_of_one_site_does_not_open_it(clinic: Clinic) -> None:
+    clinic.folder.chmod(0o700)
+    clinic.site.close()
+    first, second = WarmSite(clinic.folder, attended), WarmSite(clinic.folder, attended)
+    first.open()
+    with pytest.raises(LedgerError, match="one process at a time may spend"):
+        second.open()
+    first.close()
+    second.open()
+    second.close()

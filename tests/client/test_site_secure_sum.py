@@ -998,7 +998,7 @@ def test_keys_and_pads_are_never_in_logs(five: Clinic) -> None:
     assert kept is not None
     secret = [kept.round_key, *(pad.tobytes() for pad in pads), five.site.data_key]
     log = five.log().encode()
-    assert log.count(b"request failed") == 4
+    assert log.count(b"request_failed") == 4
     for one_secret in secret:
         for form in (one_secret, one_secret.hex().encode(), one_secret.hex().upper().encode(), repr(one_secret).encode()):
             assert form not in log

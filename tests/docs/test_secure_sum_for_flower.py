@@ -52,7 +52,7 @@ def test_the_commands_have_the_options_that_the_tests_use() -> None:
     (block,) = blocks("sh")
     supernode, run = (shlex.split(line) for line in block.replace("\\\n", " ").splitlines())
     source = Path(superlink.__file__).read_text("utf-8")
-    started = source[source.index("def start_supernode") : source.index("def get(")]
+    started = source[source.index("def start_supernode") : source.index("def join_by_runner")]
     assert {word for word in supernode if word.startswith("--")} == set(re.findall(r'"(--[\w-]+)"', started))
     assert run[:2] == ["flwr", "run"]
     assert (ROOT / run[2] / "pyproject.toml").is_file()

@@ -188,7 +188,7 @@ GOOD = ONE.public_key_hex[64:]
 SAME_POINT = GOOD[:62] + f"{int(GOOD[62:], 16) | 0x80:02x}"  # X25519 ignores the last bit
 
 
-@pytest.mark.parametrize("second", [*LOW_ORDER, SAME_POINT])
+@pytest.mark.parametrize("second", [*LOW_ORDER, SAME_POINT], ids=[*map(str, range(len(LOW_ORDER))), "same point"])
 def test_a_sealing_key_that_shares_no_secret_or_is_another_name_of_one_is_refused(second: str) -> None:
     with pytest.raises(ValidationError, match="the second key of site-1 shares no secret with anyone: ask site-1 for its"):
         Roster(operator=OPERATOR_IDENTITY.public_key_hex, sites={"site-1": ONE.public_key_hex[:64] + second})
