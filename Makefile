@@ -46,6 +46,8 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.run server_memory
 	$(BIN)/python -m benchmarks.run secure_sum_scale
 	$(BIN)/python -m benchmarks.run round_overhead
+	$(BIN)/python -m benchmarks.run ledger
+	$(BIN)/python -m benchmarks.run site_message
 	$(BIN)/python -m benchmarks.table
 
 proto: $(VENV)/installed-dev

@@ -139,6 +139,7 @@ epsilon_per_campaign = {privacy.epsilon}
 delta = {privacy.delta}
 min_cohort = {min(3, plan.federation.min_sites)}
 min_colluding_sites = {min(1, privacy.max_colluding_sites)}
+holdout_fraction = {plan.evaluation.holdout_fraction}
 secure_sum_required = {str(plan.federation.secure_sum).lower()}
 """
 

@@ -85,11 +85,33 @@ def _overhead(record: Record) -> list[str]:
     return [f"A round of FedAvg on Flower's simulation: {'; without work at the sites: '.join(rows)} ({_where(record)})."]
 
 
+def _site_message(record: Record) -> list[str]:
+    ours, stock = record["ours"], record["stock"]
+    part = f"{ours['site_seconds']:.2f} s at Urna's runner, {stock['site_seconds']:.2f} s where stock Flower starts a process"
+    whole = f"{ours['exchange_seconds']:.1f} s and {stock['exchange_seconds']:.1f} s"
+    lines = [f"One message at a site, median of {record['messages']}: {part} for it ({record['ratio']:g} times)."]
+    lines += [f"The whole exchange, as the operator sees it: {whole} ({_where(record)})."]
+    return lines
+
+
+def _ledger(record: Record) -> list[str]:
+    epsilons = ", ".join(f"{value:.2f} s ({name})" for name, value in record["epsilon_seconds"].items())
+    written, floor = record["reserve_per_second"], record["sqlite_per_second"]
+    lines = [f"A site's ledger: {written:.0f} reservations a second, on disk and anchored (plain SQLite inserts: {floor:.0f})."]
+    lines += [
+        f"Epsilon of {record['rows']} releases: {epsilons}; {record['bytes_per_release']} bytes a release beside its reply"
+    ]
+    lines += [f"({_where(record)})."]
+    return lines
+
+
 SECTIONS = {
     "secure_sum": _secure_sum,
     "server_memory": _server_memory,
     "secure_sum_scale": _scale,
     "round_overhead": _overhead,
+    "site_message": _site_message,
+    "ledger": _ledger,
 }
 
 

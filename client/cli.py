@@ -134,9 +134,9 @@ def approve(
 def deny(
     folder: Folder,
     campaign: Campaign,
-    reason: Annotated[DenyReason, typer.Option(help="A code that the operator is told.")] = DenyReason.UNSPECIFIED,
+    reason: Annotated[DenyReason, typer.Option(help="Why; noted in the ledger, and told to nobody.")] = DenyReason.UNSPECIFIED,
 ) -> None:
-    """Refuse a campaign for good; the operator is told no more than the code."""
+    """Refuse a campaign, or end its releases; the operator is told that a person said no, and not why."""
     with connect(folder) as runner:
         runner.deny(campaign, reason)
     _say([f"{campaign} is denied"])

@@ -1,6 +1,5 @@
 """``site.toml``: what this site is called, where its records are, what it allows, how it reaches the federation."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -9,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from urna.client.dataset import DatasetConfig
 from urna.client.policy import Policy
 from urna.protocol.errors import SiteConfigError
-from urna.protocol.plan import Name, Plan, Section, explain, read_text
+from urna.protocol.plan import Name, Plan, Section, explain, read_document
 
 CONFIG_FILE, DATA_KEY_FILE, LEDGER_FILE = "site.toml", "data.key", "ledger.sqlite"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -70,13 +69,7 @@ def load_site_config(folder: Path) -> SiteConfig:
         SiteConfigError: missing, not TOML, or a key that is unknown, missing or out of range.
     """
     path = folder / CONFIG_FILE
-    text = read_text(path, "site.toml", SiteConfigError)
-    try:
-        document = tomllib.loads(text)
-    except ValueError as error:  # syntax, or an integer of thousands of digits
-        raise SiteConfigError(f"{path}: expected TOML, found a syntax error: {error}") from None
-    except RecursionError:
-        raise SiteConfigError(f"{path}: expected TOML, found brackets nested too deep") from None
+    document = read_document(path, "site.toml", SiteConfigError)
     try:
         return SiteConfig.model_validate(document)
     except ValidationError as error:

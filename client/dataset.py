@@ -148,6 +148,8 @@ class DatasetConfig(Section):
         for rule in self.deidentify:
             if rule.action == "drop" and rule.column in roles:
                 raise ValueError(f"deidentify: column {rule.column!r} is needed and cannot be dropped: hash or generalise it")
+            if rule.column == self.person_column and rule.action in ("generalise", "scrub"):
+                raise ValueError(f"deidentify: column {rule.column!r} tells persons apart and would merge them: use keyed_hash")
             if rule.column == self.file_column and self.manifest is not None:
                 raise ValueError(f"deidentify: column {rule.column!r} names files and is not kept: take the rule out")
         return self

@@ -4,7 +4,10 @@ Decisions are entries of the ledger, so they outlive the process, and none can b
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from pydantic import ValidationError
 
 import urna
 from urna.client.control import BUNDLES_LIMIT, CAMPAIGNS_LIMIT, CampaignStatus, DenyReason, SiteStatus, State, asked_of
@@ -27,7 +30,7 @@ class LedgerDesk:
         roster: for the operator's key.
         ledger: where decisions are kept.
         running_since: seconds since 1970; 0: nobody runs.
-        work: what the runner does at this moment; it says so itself.
+        work: says what the runner does at this moment.
     """
 
     site: str
@@ -35,20 +38,20 @@ class LedgerDesk:
     roster: Roster
     ledger: Ledger
     running_since: float = field(default_factory=time.time)
-    work: str = ""
+    work: Callable[[], str] = str  # "": nothing
 
     def status(self) -> SiteStatus:
         """Where the site stands."""
         campaigns = self._campaigns()
         last = self.ledger.noted("pause", "resume")
-        rows = self.ledger.rows()
+        spent = [self.ledger.rows(dataset=number) for number in self.ledger.datasets()] or [self.ledger.rows()]
         return SiteStatus(
             site=self.site,
             version=urna.__version__,
             paused=last is not None and last.event == "pause",
             running_since=self.running_since,
-            work=self.work,
-            epsilon_spent=epsilon_of_rows(rows, self.policy.delta),
+            work=self.work(),
+            epsilon_spent=max(epsilon_of_rows(rows, self.policy.delta) for rows in spent),  # of the records that paid most
             epsilon_total=self.policy.epsilon_total,
             delta=self.policy.delta,
             campaigns=campaigns[:CAMPAIGNS_LIMIT],
@@ -93,7 +96,8 @@ class LedgerDesk:
         """Of every campaign: the plan that it was joined with, else the last one that waited."""
         asked = {one.campaign: one.plan_json for one in self.ledger.waiting()}
         asked |= {one.campaign: one.plan_json for one in self.ledger.campaigns()}
-        return {name: Plan.model_validate_json(text) for name, text in asked.items()}
+        plans = {name: _plan(text) for name, text in asked.items()}
+        return {name: plan for name, plan in plans.items() if plan is not None}
 
     def _campaigns(self) -> tuple[CampaignStatus, ...]:
         return tuple(self._campaign(name, plan) for name, plan in reversed(self._plans().items()))
@@ -122,3 +126,11 @@ class LedgerDesk:
             return "open"
         approved = decided is not None and decided.detail.get("plan_sha256") == plan.sha256
         return "approved" if approved else "waiting"
+
+
+def _plan(text: str) -> Plan | None:
+    """A plan; None if it is of a version that this one cannot read, which is no reason to hide the others."""
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError:
+        return None

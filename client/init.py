@@ -26,7 +26,7 @@ from urna.client.config import CONFIG_FILE, SiteConfig
 from urna.client.questions import QUESTIONS, Document, Draft, look
 from urna.protocol.errors import BadInputError, SiteConfigError
 from urna.protocol.identity import IDENTITY_FILE, Identity, load_identity
-from urna.protocol.plan import explain, read_text
+from urna.protocol.plan import explain, read_document
 
 TLS_KEY_FILE, TLS_REQUEST_FILE = "egress/tls.key", "egress/tls.csr"
 
@@ -37,7 +37,7 @@ def read_answers(folder: Path, path: Path) -> Document:
     Raises:
         SiteConfigError: missing, not TOML, or something that must be answered is not.
     """
-    return _completed(folder, _parsed(path, "answers"))
+    return _completed(folder, read_document(path, "answers", SiteConfigError))
 
 
 def read_draft(folder: Path) -> Document:
@@ -49,7 +49,7 @@ def read_draft(folder: Path) -> Document:
     path = folder / CONFIG_FILE
     if not path.exists():
         return {}
-    draft = _parsed(path, "site.toml")
+    draft = read_document(path, "site.toml", SiteConfigError)
     if "dataset" in draft or "policy" in draft:
         raise SiteConfigError(f"{path} exists: it is never overwritten; edit it, or choose another folder")
     return draft
@@ -229,14 +229,6 @@ def _place(path: Path, text: str) -> None:
 
 
 # ---- answers, from text to values and back
-
-
-def _parsed(path: Path, what: str) -> Document:
-    text = read_text(path, what, SiteConfigError)
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SiteConfigError(f"{path}: expected TOML, found a syntax error: {error}") from None
 
 
 def _completed(folder: Path, answers: Document) -> Document:

@@ -13,7 +13,7 @@ Covered:
     * a ledger that is missing, cut off, re-ordered or altered in anything that it says, also by someone who knows the format;
     * an older copy of it: noticed by the anchor, or, where that is older too, when the operator shows a newer head;
       from then on nothing is released any more;
-    * two processes at once (a lock, held by a runner all its life), and a file that is exchanged under a running process;
+    * two processes at once (a lock, held by a runner all its life where the vault is its own), and a file that is exchanged under a running process;
     * the same records under another name, as a copy or a part, or through a second node: all that share records share a budget.
 Not covered:
     * whoever has the data key and both files: a site can always lie to itself;
@@ -171,6 +171,12 @@ class Ledger:
 
     # ---- the chain
 
+    @property
+    def id(self) -> str:
+        """What this ledger is called, since it was made."""
+        with self._reading():
+            return self._anchored().ledger_id
+
     def head(self) -> tuple[int, str]:
         """The last entry of the chain: its number and link; what follows later is appended to it.
 
@@ -316,6 +322,18 @@ class Ledger:
             self._catch_up()
             return bytes(row[1])
 
+    def reserved_for(self, request_id: str) -> int:
+        """The data set that a release was charged to.
+
+        Raises:
+            LedgerError: there is no such release.
+        """
+        with self._reading():
+            row = self._db.execute("SELECT dataset FROM release WHERE request_id = ?", (request_id,)).fetchone()
+        if row is None:
+            raise LedgerError(f"expected a release of id {request_id}, found none")
+        return int(row[0])
+
     def holdout_fractions(self) -> frozenset[float]:
         """How the campaigns that released anything split the records: parallel composition holds for one split only."""
         query = "SELECT plan_json FROM campaign WHERE campaign IN (SELECT campaign FROM release)"
@@ -412,6 +430,11 @@ class Ledger:
             self._db.execute("INSERT INTO dataset VALUES (?, ?, ?)", (number, name, raw))
             self._append("dataset", str(number), digest_of(number, name, raw))
         return number
+
+    def datasets(self) -> tuple[int, ...]:
+        """The numbers of all that were registered."""
+        with self._reading():
+            return tuple(int(row[0]) for row in self._db.execute("SELECT id FROM dataset ORDER BY id").fetchall())
 
     def charged(self, dataset: int) -> Charged:
         """The data sets whose releases the records of this one were in, or may have been."""

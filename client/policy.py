@@ -5,6 +5,7 @@ Covered:
     * the budget over all campaigns that records of this data set were in, and within one;
     * who asks, with which models under which licences, and together with whom: also when a round's survivors are told.
 Not covered:
+    * that a yes or no by itself tells something of what these records were in before: refusals have no numbers of that;
     * several operators with budgets of their own: all spend from one;
     * whether the named peers are honest: they are members whose keys are pinned, no more.
 """
@@ -39,6 +40,9 @@ class Policy(Section):
     licences: tuple[str, ...] | None = None  # SPDX identifiers of candidates' weights; None: any
     operators: tuple[IdentityKeyHex, ...] | None = None  # public keys that may ask; None: the roster's
     required_peers: tuple[Name, ...] = ()  # sites that must be in every sum that this site is in
+    holdout_fraction: Annotated[float, Field(ge=0.05, le=0.5)] = (
+        0.2  # of the records, for ever: the site's choice, not a plan's
+    )
     metrics: tuple[Metric, ...] = ("accuracy", "confusion")  # noisy counts of held-out records that may leave
     approval_required: bool = False  # a person here must say yes to each campaign: `urna-site approve`
 
@@ -81,7 +85,7 @@ def admit_plan(
     checks = [
         (
             asked <= left,
-            f"budget: the plan asks epsilon {asked:g}, {max(left, 0):.3g} of {policy.epsilon_total:g} are left",
+            f"budget: the plan asks epsilon {asked:g}, these records have less left",  # how much tells who is in two data sets
         ),
         (
             asked <= policy.epsilon_per_campaign,
@@ -106,6 +110,10 @@ def admit_plan(
         (
             plan.federation.threshold_fraction >= policy.threshold_fraction,
             f"threshold: {plan.federation.threshold_fraction:.3g} of holders open sums, {policy.threshold_fraction:.3g} here",
+        ),
+        (
+            plan.evaluation.holdout_fraction == policy.holdout_fraction,
+            f"holdout: the plan holds out {plan.evaluation.holdout_fraction:g}, this site {policy.holdout_fraction:g}",
         ),
         (not foreign, f"candidates: not allowed at this site: {', '.join(foreign)}"),
         (not barred, f"licences: not allowed at this site: {', '.join(barred)}"),
@@ -148,7 +156,7 @@ def admit_release(
     if epsilon_campaign > cap:
         reasons.append(f"budget: this stage would bring the campaign to epsilon {epsilon_campaign:.4g} of {cap:g}")
     if epsilon_ever > policy.epsilon_total:
-        reasons.append(f"budget: this stage would bring the site to epsilon {epsilon_ever:.4g} of {policy.epsilon_total:g}")
+        reasons.append("budget: this stage asks more than these records have left over all campaigns")
     return Denial(tuple(reasons)) if reasons else None
 
 

@@ -143,6 +143,8 @@ class RoundStore:
             old = self.find(round_id)
             if old is not None and _moves_back(old, kept):
                 raise RuntimeError(f"round {round_id} cannot go back from {old.progress} to {kept.progress}")
+            if old == kept:  # a request that was delivered again writes nothing
+                return
             context = None if kept.context is None else _context_json(kept.context)
             progress = kept.progress
             begun = (round_id, kept.campaign, context, progress.context, progress.alive_sha256, int(progress.burnt))

@@ -194,7 +194,7 @@ class WarmSite:
             with contextlib.ExitStack() as opening:
                 site = open_site(self._folder)
                 opening.callback(site.close)
-                site.ledger.hold()  # no other process of this site may spend while this one lives
+                site.hold()
                 if self._beside is not None:
                     opening.enter_context(self._beside(site))
                 self._opened, self._site = opening.pop_all(), site
@@ -250,7 +250,8 @@ def attended(site: "Site") -> "contextlib.AbstractContextManager[object]":
     from urna.client.control import serve
     from urna.client.desk import LedgerDesk
 
-    return serve(site.folder, LedgerDesk(site.config.name, site.config.policy, site.roster, site.ledger), site.log)
+    desk = LedgerDesk(site.config.name, site.config.policy, site.roster, site.ledger, work=lambda: site.work)
+    return serve(site.folder, desk, site.log)
 
 
 def _warm_up(site: WarmSite, name: str, log: logging.Logger) -> None:

@@ -6,13 +6,15 @@ ledger, and seals the answer with the new head.
 Covered:
     * a request is read only if the pinned operator signed it; a reply is signed by this site and names its request;
     * nothing is computed on records before the release is reserved in the ledger, and nothing leaves before it is settled;
-    * a repeated request gets the same bytes; a known id with other content is refused, and so is all that comes after a close;
-    * a campaign that needs a person's yes waits for it, without keeping anybody else waiting; a pause stops every release;
+    * a repeated request gets the same bytes; a known id with other content is refused, and so is a new release after a close;
+    * a campaign that needs a person's yes waits for it, without keeping anybody else waiting; a pause, a no or a policy that
+      was made stricter stops every release that was not settled before;
     * whatever goes wrong, a fixed code leaves; the text stays in this site's log;
     * nothing is unmasked for a second list of survivors, nor after the operator failed to show what an earlier list was;
     * once a release is reserved, whether it fails does not depend on single records: a record whose gradient is not finite
       counts as zero, and heads that could make one overflow are refused before.
 Not covered:
+    * bytes that were settled before a pause or a no, and never arrived: they are sent when they are asked for again;
     * how long an answer takes, and how large it is, can be seen by the relay.
 """
 
@@ -25,8 +27,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
 
 import urna
-from urna.client.config import SiteConfig, load_site_config
+from urna.client.config import SiteConfig, Vault, load_site_config
 from urna.client.dataset import DatasetConfig
+from urna.client.file_lock import FileLock
 from urna.client.ledger import Ledger
 from urna.client.ledger_rows import CampaignRow, Release, Waiting
 from urna.client.local_log import Event, local_log, write
@@ -76,6 +79,7 @@ from urna.protocol.messages import (
     Request,
     SetupReply,
     SetupRequest,
+    SpentRow,
     Stage,
     Statement,
     Summed,
@@ -89,8 +93,6 @@ from urna.protocol.quorum import Quorum
 from urna.protocol.sealing import Parcel, seal, unseal
 
 MAX_BUNDLES = 1000  # that the ledger remembers
-
-
 REASON_LIMIT, REASONS_LIMIT = 1000, 100  # what a `Refusal` carries: characters of one, and how many
 
 
@@ -105,6 +107,8 @@ class Site:
     data_key: bytes
     folder: Path
     log: logging.Logger
+    work: str = ""  # the request that is computed for at this moment
+    _lock: FileLock | None = None
     _benches: dict[str, Workbench] = field(default_factory=dict)
 
     def receive(self, parcel: Parcel) -> Parcel:
@@ -116,7 +120,7 @@ class Site:
             if echoed is not None:
                 self._check_echo(echoed)
             reply = self.handle(request)
-            head = Head.create(self.identity, *self.ledger.head())
+            head = Head.create(self.identity, self.ledger.id, *self.ledger.head())
             return seal(self.identity, self.roster, reply, {OPERATOR: head}, answers=parcel.sha256)
         except Exception as error:  # the edge, as in `handle`
             code = failure_code(error)
@@ -129,6 +133,8 @@ class Site:
         if head.site != self.identity.name:
             raise ProtocolError(f"expected a ledger head of {self.identity.name}, found one of {head.site}")
         head.check(self.roster)
+        if head.ledger != self.ledger.id:  # this site had another vault once; that is no reason to stop this one for ever
+            raise RollbackError("expected a head of this ledger, found one of another: was the vault exchanged?")
         self.ledger.check_head(head.seq, head.link)
 
     def handle(self, request: Envelope) -> Envelope:
@@ -176,9 +182,7 @@ class Site:
             raise ProtocolError("expected hashes of the plan's candidates, found others too")
         dataset = self.config.dataset_for(plan)
         number = None if dataset is None else self._registered(dataset)
-        licences = {entry.name: CATALOGUE[entry.name].licence for entry in plan.candidates if entry.name in CATALOGUE}
-        verdict = admit_plan(self.config.policy, plan, self.ledger.rows(dataset=number), self.roster.operator, licences)
-        reasons = (*(verdict.reasons if isinstance(verdict, Denial) else ()), *self._other_split(plan))
+        reasons = (*self._barred(plan, self.ledger.rows(dataset=number)), *self._other_split(plan))
         reasons += self._unfit(plan, request.models) + self._denied(request.campaign, plan)
         if dataset is None or number is None:
             asked = plan.task.dataset or f"{plan.task.modality}s of {plan.task.num_classes} classes"
@@ -186,7 +190,7 @@ class Site:
             return self._refused(envelope, request, reasons)
         if reasons:
             return self._refused(envelope, request, reasons)
-        if self.is_paused or not self._approved(envelope, request, plan):
+        if not self._approved(envelope, request, plan) or self.is_paused:  # in this order: people see what waits behind a pause
             write(self.log, Event.CAMPAIGN_WAITS, campaign=request.campaign)
             return signed(self.identity, Pending(request_sha256=envelope.sha256))
         key = X25519PrivateKey.generate()
@@ -209,6 +213,12 @@ class Site:
         joined = self.ledger.join(row)
         write(self.log, Event.CAMPAIGN_OPENED, campaign=request.campaign)
         return Envelope.from_bytes(joined.reply)
+
+    def _barred(self, plan: Plan, spent: tuple[SpentRow, ...]) -> tuple[str, ...]:
+        """What the policy says against a plan."""
+        licences = {entry.name: CATALOGUE[entry.name].licence for entry in plan.candidates if entry.name in CATALOGUE}
+        verdict = admit_plan(self.config.policy, plan, spent, self.roster.operator, licences)
+        return verdict.reasons if isinstance(verdict, Denial) else ()
 
     def _refused(self, envelope: Envelope, request: Request, reasons: tuple[str, ...]) -> Envelope:
         event = Event.CAMPAIGN_REFUSED if isinstance(request, HelloRequest) else Event.RELEASE_REFUSED
@@ -276,7 +286,16 @@ class Site:
             raise StaleError(f"campaign {campaign} was closed here: nothing more is released for it")
         if self.is_paused:
             raise PausedError("a person at this site has paused it: `urna-site resume` lets it go on")
-        return self._denied(campaign, plan)
+        return (*self._barred(plan, ()), *self._denied(campaign, plan))  # a policy may have been made stricter since the hello
+
+    def _check_still_open(self, campaign: str, plan: Plan) -> None:
+        """Whether a person said no, or the campaign ended, while a release was computed: it stays reserved, nothing leaves.
+
+        Raises:
+            StaleError, PausedError: see `_check_open`, or it was denied.
+        """
+        if self._check_open(campaign, plan):
+            raise StaleError(f"campaign {campaign} was denied here: nothing more is released for it")
 
     # ---- releases
 
@@ -291,18 +310,27 @@ class Site:
         if reasons:
             return self._refused(envelope, request, reasons)
         bench = self.bench(self._dataset(plan))
+        if known == "reserved" and self.ledger.reserved_for(request.request_id) != self._registered(bench.dataset):
+            raise SiteConfigError(f"expected the records that {request.request_id} was charged to, found others: restore them")
         grid = Grid(request.step_exp, len(request.cohort), request.ring_bits)
-        numbers = grid.to_ring(bench.summand(envelope, request, plan, kept.models, self.identity.name))
+        self.work = request.request_id
+        try:
+            numbers = grid.to_ring(bench.summand(envelope, request, plan, kept.models, self.identity.name))
+        finally:
+            self.work = ""
         said = Masked(request_sha256=envelope.sha256)
         if not plan.federation.secure_sum:  # the policy allows it, and the release is private by itself
             reply = signed(self.identity, said, named_segments(masked(numbers_of(numbers), len(numbers), grid.ring, [])))
-            self.ledger.settle(request.request_id, reply.to_bytes())
+            with self.ledger.exclusive():
+                self._check_still_open(request.campaign, plan)
+                self.ledger.settle(request.request_id, reply.to_bytes())
             return reply
         context = context_of(request, plan, len(numbers), envelope.sha256)
         secure = self._secure(plan)
         upload = secure.upload(context, _round_key(kept), numbers_of(numbers))
         reply = signed(self.identity, said, upload.to_arrays())
         with self.ledger.exclusive():  # all of it is on disk, or nothing
+            self._check_still_open(request.campaign, plan)
             self.ledger.settle(request.request_id, reply.to_bytes())
             secure.keep(context)
             secure.note(shown)
@@ -368,6 +396,9 @@ class Site:
         number = self._registered(self._dataset(plan))
         release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count, number)
         with self.ledger.exclusive():
+            no = self._check_open(request.campaign, plan)  # a person may have spoken since
+            if no:
+                return no
             here, ever = self.ledger.rows(request.campaign), self.ledger.rows(dataset=number)
             denial = admit_release(self.config.policy, plan, release, request.planned_count * count, here, ever)
             alone = missing_peers(self.config.policy, [member.site for member in request.cohort])
@@ -420,9 +451,23 @@ class Site:
         if len(seen) < MAX_BUNDLES and sha256 not in {one.subject for one in seen}:
             self.ledger.note("bundle", sha256, run=str(run_id))
 
+    def hold(self) -> None:
+        """Keep every other process of this node from spending, until `close`; nodes that share a vault take turns.
+
+        Raises:
+            LedgerError: another process has it now.
+        """
+        if self.config.vault == Vault(anchor=self.config.vault.anchor):
+            self.ledger.hold()
+        else:
+            self._lock = FileLock(self.folder / "node.lock")
+            self._lock.acquire(0)
+
     def close(self) -> None:
-        """Close the ledger."""
+        """Close the ledger, and let others use it."""
         self.ledger.close()
+        if self._lock is not None:
+            self._lock.drop()
 
 
 def _quorum(plan: Plan, num_sites: int) -> Quorum:

@@ -1,8 +1,8 @@
 """A keyed sketch of a data set: the budget follows the records, whatever the data set is called.
 
-A record leaves two 64-bit values: HMAC-SHA256 under the site's data key of its unit's id, and of its content. A sketch keeps
-those below 2**64 / 2**rate_exp, with the smallest rate_exp that leaves at most 65,536 (FracMinHash: Irber et al. 2022,
-doi:10.1101/2022.01.11.475838). Ids and contents are kept apart.
+A record leaves three 64-bit values: HMAC-SHA256 under the site's data key of its unit's id, of its content, and of both (with
+the upper half of the content's, so that both are kept or neither). A sketch keeps those below 2**64 / 2**rate_exp, with the
+smallest rate_exp that leaves at most 65,536 (FracMinHash: Irber et al. 2022, doi:10.1101/2022.01.11.475838).
 
 Covered:
     * a data set under another name or path, or with other labels: same ids, same contents;
@@ -27,6 +27,7 @@ import struct
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +36,10 @@ from urna.client.records import Images, Inputs, Records, Texts, keyed_numbers
 from urna.protocol.errors import LedgerError
 
 MAX_KEPT = 65_536  # values of a kind in a sketch: half a megabyte
-MAX_RATE_EXP = 48
-_HEADER = struct.Struct("<16sBBII")  # magic, two rates, two lengths
-_MAGIC = b"urna-sketch-1".ljust(16, b"\0")
+MAX_RATE_EXP = 31  # the upper half of a value decides whether it is kept
+_HEADER = struct.Struct("<16sBBBIII")  # magic, three rates, three lengths
+_MAGIC = b"urna-sketch-2".ljust(16, b"\0")
+_HALF = np.uint64(32)  # bits
 
 Values = npt.NDArray[np.uint64]
 
@@ -60,11 +62,17 @@ class Sketch:
 
     ids: Sample
     contents: Sample
+    owned: Sample  # a content with the unit that has it
+
+    @property
+    def samples(self) -> tuple[Sample, Sample, Sample]:
+        """All three."""
+        return self.ids, self.contents, self.owned
 
     def to_bytes(self) -> bytes:
         """For the ledger."""
-        sizes = (self.ids.rate_exp, self.contents.rate_exp, len(self.ids.values), len(self.contents.values))
-        return _HEADER.pack(_MAGIC, *sizes) + b"".join(one.values.astype("<u8").tobytes() for one in (self.ids, self.contents))
+        sizes = (*(one.rate_exp for one in self.samples), *(len(one.values) for one in self.samples))
+        return _HEADER.pack(_MAGIC, *sizes) + b"".join(one.values.astype("<u8").tobytes() for one in self.samples)
 
     @property
     def sha256(self) -> str:
@@ -80,21 +88,26 @@ class Sketch:
         """
         if len(data) < _HEADER.size or not data.startswith(_MAGIC):
             raise LedgerError(f"expected a sketch of records, found {len(data)} other bytes: restore the ledger")
-        _, id_rate, content_rate, num_ids, num_contents = _HEADER.unpack_from(data)
-        if len(data) != _HEADER.size + 8 * (num_ids + num_contents):
-            raise LedgerError(
-                f"expected a sketch of {num_ids} + {num_contents} values, found {len(data)} bytes: restore the ledger"
-            )
+        _, *rates, num_ids, num_contents, num_owned = _HEADER.unpack_from(data)
+        num_values = num_ids + num_contents + num_owned
+        if len(data) != _HEADER.size + 8 * num_values:
+            raise LedgerError(f"expected a sketch of {num_values} values, found {len(data)} bytes: restore the ledger")
         values = np.frombuffer(data, "<u8", offset=_HEADER.size).astype(np.uint64)
-        return Sketch(_checked(id_rate, values[:num_ids]), _checked(content_rate, values[num_ids:]))
+        parts = np.split(values, [num_ids, num_ids + num_contents])
+        return Sketch(*(_checked(rate, part) for rate, part in zip(rates, parts, strict=True)))
 
 
 def sketch_of(records: Records, key: bytes) -> Sketch:
     """Sketch records under the site's data key; the order and the labels of the records do not matter."""
-    ids = keyed_numbers(key, "sketch-id", list(dict.fromkeys(records.units)))
+    ids = keyed_numbers(key, "sketch-id", records.units)
     digests = (hmac.digest(key, b"sketch-content\0" + content, "sha256")[:8] for content in _contents(records.inputs))
     contents = np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
-    return Sketch(_sampled(ids), _sampled(contents))
+    both = (
+        hmac.digest(key, b"sketch-owner\0" + struct.pack("<QQ", *pair), "sha256")[:8]
+        for pair in zip(ids, contents, strict=True)
+    )
+    owners = np.frombuffer(b"".join(both), "<u8").astype(np.uint64)
+    return Sketch(_sampled(ids), _sampled(contents), _sampled(contents >> _HALF << _HALF | owners >> _HALF))
 
 
 def overlap(one: Sketch, other: Sketch) -> float:
@@ -111,12 +124,16 @@ def shares_records(one: Sketch, other: Sketch) -> bool:
 
 
 def may_split_differently(one: Sketch, other: Sketch) -> bool:
-    """Whether records that both have may be called differently in them: held out in one, tuned on in the other.
+    """Whether a record that both have may be called differently in them: held out in one, tuned on in the other.
 
-    The split goes by a unit's name. Records whose contents are in both while their units' names are not were renamed, or
-    are equal by chance; either way their releases must not be composed in parallel.
+    The split goes by a unit's name. A content that is in both, and of no unit in common, was renamed (also where names were
+    dealt anew among the same persons, as row numbers of a sorted export), or is equal by chance; either way releases must not
+    be composed in parallel.
     """
-    return _overlap(one.contents, other.contents) > _overlap(one.ids, other.ids)
+    rate_exp = max(sample.rate_exp for sketch in (one, other) for sample in (sketch.contents, sketch.owned))
+    contents = np.intersect1d(one.contents.at(rate_exp), other.contents.at(rate_exp), assume_unique=True)
+    owned = np.intersect1d(one.owned.at(rate_exp), other.owned.at(rate_exp), assume_unique=True)
+    return bool(len(np.setdiff1d(contents >> _HALF, owned >> _HALF)))
 
 
 @dataclass(frozen=True)
@@ -139,9 +156,11 @@ def charged_with(dataset: int, sketches: Mapping[int, Sketch]) -> Charged:
     a second step, has two data sets that share nothing, and a third between them that says so.
     """
 
+    @cache
     def differ(one: int, other: int) -> bool:
         return may_split_differently(sketches[one], sketches[other])
 
+    @cache
     def near(one: int) -> set[int]:
         return {other for other in sketches if shares_records(sketches[one], sketches[other])} | {one}
 

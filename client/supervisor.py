@@ -81,7 +81,8 @@ class Part:
             return
         code = self._process.poll()
         if code is None:
-            self._watch_log()
+            with suppress(OSError):  # somebody moved it away, or the disk is full: no reason to end a site
+                self._watch_log()
             return
         if now - self._started_at >= GOOD_SECONDS:
             self._pause_seconds, self._bad_since = FIRST_PAUSE_SECONDS, now
@@ -147,9 +148,10 @@ class Part:
         """What it has written since its start; at most a few lines are there when it matters."""
         if self._command.log is None:
             return b""
-        with self._command.log.open("rb") as file:
+        with suppress(OSError), self._command.log.open("rb") as file:
             file.seek(self._log_start)
             return file.read(1_000_000)
+        return b""
 
     def _say(self, text: str) -> None:
         if text != self._said:

@@ -77,11 +77,7 @@ def shared_step(
     grid: Grid,
     num_noise_parties: int,
 ) -> Integers:
-    """This site's summand of one DP-FedSGD step: (p,) grid units.
-
-    Raises:
-        ProtocolError: a gradient is not finite.
-    """
+    """This site's summand of one DP-FedSGD step: (p,) grid units."""
     rows = sample_gradients(data, vector, plan)
     return noisy_sum(rows, plan.final.max_grad_norm, noise_multiplier, grid, num_noise_parties=num_noise_parties)
 
@@ -106,9 +102,6 @@ def local_steps(
         plan: gives the clip, the sampling rate, the steps and the learning rate.
         noise_multiplier: sigma / clip of every step.
         expected_batch: q times the declared number of tuning records; never the sample's size.
-
-    Raises:
-        ProtocolError: a gradient is not finite.
     """
     max_norm = plan.final.max_grad_norm
     grid = local_grid(max_norm)

@@ -28,7 +28,7 @@ from urna.protocol.plan import Plan
 
 PLD_STEP = 1e-3  # discretisation of the privacy loss; pessimistic, so epsilon can only come out too large
 MIN_NOISE_MULTIPLIER = 0.05  # of a release that is laid out in such steps: 4 s; with 0.01 it takes 100 s and 1.3 GB
-MAX_LOSS = 10_000.0  # of all releases together, as `is_accountable` estimates it
+MAX_LOSS = 2_000.0  # of all releases together, as `is_accountable` estimates it: epsilon 1,000, more than a policy may allow
 
 
 def gaussian(noise_multiplier: float) -> str:

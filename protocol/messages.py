@@ -45,6 +45,7 @@ PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Stage = Literal["hello", "ballot", "runoff", "final", "evaluation", "close"]
 Partition = Literal["tuning", "heldout"]  # of a site's records, by a keyed hash of each id
 RequestId = Annotated[str, Field(pattern=r"^[a-z0-9_/.-]{1,200}$")]
+LedgerId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # made with the ledger
 SignatureHex = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 PARTITIONS: tuple[Partition, ...] = ("tuning", "heldout")
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -103,15 +104,16 @@ class Head(Message):
     """The last entry of a site's ledger, signed by the site: whoever was shown it can tell an older copy of that ledger."""
 
     site: Name
+    ledger: LedgerId
     seq: Annotated[int, Field(ge=0, lt=2**63)]
     link: Sha256
     signature: SignatureHex
 
     @staticmethod
-    def create(identity: Identity, seq: int, link: str) -> "Head":
+    def create(identity: Identity, ledger: str, seq: int, link: str) -> "Head":
         """Sign this site's newest entry."""
-        signature = identity.sign("ledger head", _head_bytes(identity.name, seq, link))
-        return Head(site=identity.name, seq=seq, link=link, signature=signature.hex())
+        signature = identity.sign("ledger head", _head_bytes(identity.name, ledger, seq, link))
+        return Head(site=identity.name, ledger=ledger, seq=seq, link=link, signature=signature.hex())
 
     def check(self, roster: Roster) -> None:
         """Check the signature against the pinned identity.
@@ -121,11 +123,17 @@ class Head(Message):
         """
         if self.site not in roster.sites:
             raise SignatureError(f"expected a ledger head of a site, found one of {self.site!r}: ask for a new roster")
-        verify(roster, self.site, "ledger head", _head_bytes(self.site, self.seq, self.link), bytes.fromhex(self.signature))
+        verify(
+            roster,
+            self.site,
+            "ledger head",
+            _head_bytes(self.site, self.ledger, self.seq, self.link),
+            bytes.fromhex(self.signature),
+        )
 
 
-def _head_bytes(site: str, seq: int, link: str) -> bytes:
-    return length_prefixed(site.encode(), str(seq).encode(), link.encode())
+def _head_bytes(site: str, ledger: str, seq: int, link: str) -> bytes:
+    return length_prefixed(site.encode(), ledger.encode(), str(seq).encode(), link.encode())
 
 
 def _member_bytes(campaign: str, public_key: str, num_records: int, graph_commitment: str) -> bytes:

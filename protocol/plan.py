@@ -341,6 +341,21 @@ def load_plan(path: Path) -> Plan:
     return parse_plan(read_text(path, "plan", PlanError))
 
 
+def read_document(path: Path, what: str, error: type[Exception]) -> dict[str, object]:
+    """Read a TOML file that a person wrote.
+
+    Raises:
+        error: it is not TOML, or see `read_text`.
+    """
+    text = read_text(path, what, error)
+    try:
+        return tomllib.loads(text)
+    except ValueError as wrong:  # syntax, or an integer of thousands of digits
+        raise error(f"{path}: expected TOML, found a syntax error: {wrong}") from None
+    except RecursionError:
+        raise error(f"{path}: expected TOML, found brackets nested too deep") from None
+
+
 def read_text(path: Path, what: str, error: type[Exception]) -> str:
     """Read a small UTF-8 file that a person wrote.
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 CONTENT_LIMIT_BYTES = 2**31 - 1  # what one call of AES-GCM takes
 HEADERS_LIMIT = 10_001  # the largest roster and the operator
-HEADER_BYTES = 1024  # of 903 at most and 48 of HPKE; the plain text is filled up with spaces
+HEADER_BYTES = 1024  # of 949 at most and 48 of HPKE; the plain text is filled up with spaces
 SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 INFO = b"urna/1 parcel"
 NONCE = bytes(12)  # a content key is used once

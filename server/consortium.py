@@ -5,7 +5,6 @@ Every value goes into other programs' files (nginx, Flower, a shell's command li
 
 import ipaddress
 import re
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Self
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from urna.protocol.errors import BadInputError
 from urna.protocol.identity import OPERATOR
-from urna.protocol.plan import Name, Section, explain, read_text
+from urna.protocol.plan import Name, Section, explain, read_document
 from urna.server.certificates import requested_key
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
@@ -141,13 +140,7 @@ def load_consortium(path: Path) -> Consortium:
     Raises:
         BadInputError: missing, not TOML, or a key that is unknown, missing or out of range.
     """
-    text = read_text(path, "consortium.toml", BadInputError)
-    try:
-        document = tomllib.loads(text)
-    except ValueError as error:  # syntax, or an integer of thousands of digits
-        raise BadInputError(f"{path}: expected TOML, found a syntax error: {error}") from None
-    except RecursionError:
-        raise BadInputError(f"{path}: expected TOML, found brackets nested too deep") from None
+    document = read_document(path, "consortium.toml", BadInputError)
     try:
         return Consortium.model_validate(document)
     except ValidationError as error:

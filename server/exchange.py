@@ -3,7 +3,7 @@
     seal      the content once for all receivers, with the newest head that each of them has shown
     send      over a `Transport`, which sees parcels and addresses only
     believe   opened, signed by that site, an answer to this very parcel, with a head that is not older than the last
-    keep      new heads in the journal, before anybody can record what the exchange brought: a resumed run echoes them again
+    keep      new heads in the journal when the exchange ends: a resumed run echoes them again
 
 Covered:
     * a site whose ledger went back to an older copy during a run sees that by the echo; a reply with an older head is dropped;

@@ -164,7 +164,12 @@ def build(folder: Path) -> Ward:
         clinic.ask(work)
     audits = [clinic.audit(one)]
     other = a_plan(ballot={"clip": 0.1})
-    second = {"campaign": "run-2", "plan_json": other.model_dump_json(), "plan_sha256": other.sha256}
+    second = {
+        "campaign": "run-2",
+        "request_id": "run-2/hello",
+        "plan_json": other.model_dump_json(),
+        "plan_sha256": other.sha256,
+    }
     setup = SetupRequest(**clinic.fields("setup", "hello", cohort=clinic.cohort()))
     good = {
         "hello": clinic.hello_request(**second),
@@ -253,7 +258,13 @@ def test_a_plan_of_many_unwelcome_candidates_is_refused_with_its_reasons(ward: W
         update={"policy": ward.site.config.policy.model_copy(update={"candidates": ("pixels",), "licences": ("MIT",)})}
     )
     try:
-        fields = {"campaign": "run-3", "plan_json": plan.model_dump_json(), "plan_sha256": plan.sha256, "models": {}}
+        fields = {
+            "campaign": "run-3",
+            "request_id": "run-3/hello",
+            "plan_json": plan.model_dump_json(),
+            "plan_sha256": plan.sha256,
+            "models": {},
+        }
         assert handled(ward, ward.clinic.hello_request(**fields)) == "refusal"
     finally:
         ward.put_back()
@@ -326,7 +337,7 @@ header_edits = st.tuples(edits | st.none(), byte_edits | st.none())
 
 def test_a_site_answers_any_parcel_with_a_sealed_code_and_spends_nothing_unasked(ward: Ward) -> None:
     counts: Counter[str] = Counter()
-    head = Head.create(ward.site.identity, *ward.site.ledger.head())
+    head = Head.create(ward.site.identity, ward.site.ledger.id, *ward.site.ledger.head())
     cheap = ["hello", "unmask", "close", "repeat"]
     prepared = {kind: a_header(ward, ward.good[kind], head) for kind in cheap}
 

@@ -185,7 +185,7 @@ def clinic(tmp_path_factory: pytest.TempPathFactory) -> Clinic:
 
 
 def asked(clinic: Clinic) -> Parcel:
-    head = Head.create(clinic.site.identity, *clinic.site.ledger.head())
+    head = Head.create(clinic.site.identity, clinic.site.ledger.id, *clinic.site.ledger.head())
     return seal(clinic.operator, clinic.site.roster, clinic.hello_request(), {NAME: head})
 
 

@@ -71,7 +71,7 @@ def test_an_exception_is_its_type_our_own_places_and_its_text(log: logging.Logge
         log.exception("request failed with code %s", "data")
     (line,) = lines(tmp_path)
     assert line["exception"] == "SiteConfigError"
-    assert [place.split(":")[0] for place in line["where"]] == ["client/config.py", "protocol/plan.py"]
+    assert [place.split(":")[0] for place in line["where"]] == ["client/config.py", "protocol/plan.py", "protocol/plan.py"]
     assert line["detail"].startswith("request failed with code data: expected a site.toml file at ")
 
 

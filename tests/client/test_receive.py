@@ -33,7 +33,8 @@ def failed(clinic: Clinic, parcel: Parcel) -> Failure:
 
 def own_head(clinic: Clinic, seq: int | None = None, link: str | None = None) -> Head:
     newest = clinic.site.ledger.head()
-    return Head.create(clinic.site.identity, newest[0] if seq is None else seq, newest[1] if link is None else link)
+    at = (newest[0] if seq is None else seq, newest[1] if link is None else link)
+    return Head.create(clinic.site.identity, clinic.site.ledger.id, *at)
 
 
 def test_an_answer_is_sealed_to_the_operator_with_the_newest_head(clinic: Clinic) -> None:
@@ -74,10 +75,10 @@ def test_a_head_that_this_ledger_does_not_hold_stops_everything(clinic: Clinic, 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda clinic, seq, link: Head.create(clinic.peers[0], seq, link),
-        lambda clinic, seq, link: Head.create(Identity(NAME, clinic.peers[0].private_key), seq, link),
-        lambda clinic, seq, link: Head.create(clinic.operator, seq, link),
-        lambda clinic, seq, link: Head.create(clinic.site.identity, seq, link).model_copy(update={"seq": seq + 1}),
+        lambda clinic, seq, link: Head.create(clinic.peers[0], clinic.site.ledger.id, seq, link),
+        lambda clinic, seq, link: Head.create(Identity(NAME, clinic.peers[0].private_key), clinic.site.ledger.id, seq, link),
+        lambda clinic, seq, link: Head.create(clinic.operator, clinic.site.ledger.id, seq, link),
+        lambda clinic, seq, link: own_head(clinic, seq, link).model_copy(update={"seq": seq + 1}),
     ],
     ids=["another site's", "forged", "the operator's", "altered"],
 )
@@ -150,3 +151,11 @@ def test_whatever_goes_wrong_at_the_edge_only_a_code_leaves(clinic: Clinic, monk
     monkeypatch.setattr(type(clinic.site.ledger), "head", broken)
     assert failed(clinic, sealed(clinic, clinic.hello_request())).code == FailureCode.INTERNAL
     assert CANARY in clinic.log()
+
+
+def test_a_head_of_another_ledger_stops_nothing(clinic: Clinic) -> None:
+    """This site had another vault once; an operator who kept its old head must not shut the new one for ever."""
+    old = Head.create(clinic.site.identity, "0e" * 16, 3, "ab" * 32)
+    parcel = seal(clinic.operator, clinic.site.roster, clinic.hello_request(), {NAME: old})
+    assert failed(clinic, parcel).code == FailureCode.ROLLBACK
+    assert clinic.site.ledger.noted("stop") is None

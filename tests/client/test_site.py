@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.client.clinic import CANARY, NAME, NUM_RECORDS, Clinic, a_head, a_plan, a_signer
+from tests.client.clinic import CANARY, NAME, NUM_RECORDS, Clinic, a_head, a_plan, a_signer, write_config
 from urna.client.ledger import Ledger
 from urna.client.policy import admit_release
 from urna.client.site import Site, failure_code, open_site
@@ -173,6 +173,7 @@ def test_a_plan_and_another_plans_hash_are_refused(clinic: Clinic) -> None:
 def test_a_record_cannot_change_sides_between_campaigns(clinic: Clinic) -> None:
     """Tuning and held-out budgets compose in parallel only while no record is in both."""
     assert isinstance(clinic.ask(clinic.ballot()), Masked)
+    write_config(clinic.folder, holdout_fraction=0.5)
     second = clinic.reopened()
     second.campaign, second.own, second.plan = "run-2", None, a_plan(evaluation={"holdout_fraction": 0.5})
     assert "holdout: the plan holds out 0.5 of the records, this site's releases 0.2" in refused(
@@ -180,10 +181,17 @@ def test_a_record_cannot_change_sides_between_campaigns(clinic: Clinic) -> None:
     )
 
 
+def test_the_split_is_the_sites_to_choose(clinic: Clinic) -> None:
+    """Or the first operator, with a release that costs nothing, would shut all others out for ever."""
+    clinic.plan = a_plan(evaluation={"holdout_fraction": 0.05})
+    assert refused(clinic.ask(clinic.hello_request())) == "holdout: the plan holds out 0.05, this site 0.2"
+
+
 def test_a_record_cannot_change_sides_between_campaigns_that_opened_together(clinic: Clinic) -> None:
-    second = clinic.reopened()
-    second.campaign, second.plan = "run-2", a_plan(evaluation={"holdout_fraction": 0.5})
     clinic.hello()
+    write_config(clinic.folder, holdout_fraction=0.5)  # the site changed its mind: too late once anything was released
+    second = clinic.reopened()
+    second.campaign, second.own, second.plan = "run-2", None, a_plan(evaluation={"holdout_fraction": 0.5})
     second.hello()
     assert isinstance(clinic.ask(clinic.ballot()), Masked)
     assert "holdout: the plan holds out 0.5" in refused(second.ask(second.evaluate()))
@@ -524,7 +532,9 @@ def test_two_campaigns_share_one_budget(artefacts: None, tmp_path: Path) -> None
     clinic.hello()
     second.hello()
     assert isinstance(clinic.ask(clinic.ballot(noise_multiplier=1.6)), Masked)
-    assert "would bring the site to epsilon" in refused(second.ask(second.ballot(noise_multiplier=1.6)))
+    assert "asks more than these records have left over all campaigns" in refused(
+        second.ask(second.ballot(noise_multiplier=1.6))
+    )
 
 
 def test_the_statement_is_the_ledgers_and_of_this_campaign_only(clinic: Clinic) -> None:

@@ -1,20 +1,24 @@
 """What only the site decides: a person's yes, a pause, an end, whose budget it is, and with whom."""
 
 import csv
+import importlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.client.clinic import CANARY, NAME, NUM_RECORDS, Clinic, a_plan, five_sites, write_records
+from tests.client.clinic import CANARY, NAME, NUM_RECORDS, Clinic, a_plan, five_sites, write_config, write_records
 from urna.client.control import DenyReason
 from urna.client.desk import LedgerDesk
 from urna.client.ledger_rows import CampaignRow
 from urna.client.site import Site, open_site
-from urna.protocol.errors import ControlError, FailureCode
+from urna.protocol.errors import ControlError, FailureCode, LedgerError
 from urna.protocol.messages import AnyReply, Failure, HelloReply, Masked, Pending, Refusal, Statement, Unmasked
+
+work_module: Any = importlib.import_module("urna.client.work")  # for what it imports, to be interrupted
 
 
 def code(reply: AnyReply) -> FailureCode:
@@ -211,7 +215,7 @@ def test_renamed_dataset_same_budget(spent_most: Clinic, how: str) -> None:
     spent_most.campaign, spent_most.own = "run-2", None
     refusal = reasons(spent_most.ask(spent_most.hello_request(), other))
     assert "budget: the plan asks epsilon 4" in refusal
-    assert "of 5 are left" in refusal
+    assert "these records have less left" in refusal
 
 
 def test_records_that_were_never_here_have_a_budget_of_their_own(spent_most: Clinic) -> None:
@@ -235,7 +239,7 @@ def second_node(clinic: Clinic) -> Clinic:
 
 def test_two_nodes_same_data_share_budget(spent_most: Clinic) -> None:
     other = second_node(spent_most)
-    assert "of 5 are left" in reasons(other.ask(other.hello_request()))
+    assert "these records have less left" in reasons(other.ask(other.hello_request()))
     assert spent(other.site) == spent(spent_most.site) == 2
 
 
@@ -248,3 +252,86 @@ def test_two_nodes_of_one_vault_cannot_both_be_in_a_campaign(clinic: Clinic) -> 
     kept = clinic.site.ledger.campaign(clinic.campaign)
     assert isinstance(kept, CampaignRow)
     assert kept.site == clinic.site.identity.public_key_hex
+
+
+def test_two_nodes_of_one_vault_run_side_by_side_and_one_node_only_once(clinic: Clinic) -> None:
+    other = second_node(clinic)
+    shared = clinic.folder / "site.toml"
+    shared.write_text(f'{shared.read_text()}[vault]\nfolder = "../{clinic.folder.name}"\n')  # both say so
+    first, second, again = open_site(clinic.folder), other.site, open_site(clinic.folder)
+    first.hold()
+    second.hold()
+    with pytest.raises(LedgerError, match="one process at a time may spend"):
+        again.hold()
+    clinic.site = first
+    assert isinstance(clinic.ask(clinic.ballot()), Masked)
+    assert isinstance(other.ask(other.ballot()), Masked)
+    assert spent(first) == spent(second) == 2
+
+
+# ---- between the decision and the release
+
+
+def at_work(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """While the next release is computed, something happens."""
+    real = work_module.noisy_sum
+
+    def noisy_sum(*args: Any, **kwargs: Any) -> Any:
+        act()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(work_module, "noisy_sum", noisy_sum)
+
+
+def test_a_pause_stops_a_release_that_is_being_computed(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = clinic.ballot()
+    at_work(monkeypatch, lambda: desk_of(clinic).pause("anna"))
+    assert code(clinic.ask(request)) == FailureCode.PAUSED
+    monkeypatch.undo()
+    desk_of(clinic).resume("anna")
+    assert isinstance(clinic.ask(request), Masked)
+    assert spent(clinic.site) == 1
+
+
+def test_a_no_stops_a_release_that_is_being_computed(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = clinic.ballot()
+    at_work(monkeypatch, lambda: desk_of(clinic).deny("run-1", DenyReason.TIME, "anna"))
+    assert code(clinic.ask(request)) == FailureCode.STALE
+    assert "was denied here" in clinic.log()
+
+
+def test_a_reservation_is_never_answered_from_other_records(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reserved, crashed; then the file is exchanged for one that nothing was charged to."""
+    request = clinic.ballot()
+
+    def crash() -> None:
+        raise KeyboardInterrupt
+
+    at_work(monkeypatch, crash)
+    with pytest.raises(KeyboardInterrupt):
+        clinic.ask(request)
+    monkeypatch.undo()
+    write_records(clinic.folder / "records.csv", seed=9)
+    other = rewritten(clinic, [[row[0].replace(CANARY, "others"), *row[1:]] for row in records_of(clinic)])
+    assert code(clinic.ask(request, other)) == FailureCode.DATA
+    assert "expected the records that run-1/ballot/1 was charged to, found others" in clinic.log()
+
+
+def test_a_policy_that_was_made_stricter_binds_campaigns_that_are_open(clinic: Clinic) -> None:
+    clinic.ask(clinic.ballot("ballot/1"))
+    write_config(clinic.folder, candidates=["pixels"])
+    stricter = clinic.reopened()
+    assert reasons(stricter.ask(stricter.ballot("ballot/2"))) == "candidates: not allowed at this site: autoencoder"
+
+
+def test_a_request_that_is_delivered_again_and_again_writes_nothing(clinic: Clinic) -> None:
+    """By a relay that wants to fill a site's disk."""
+    clinic.hello()
+    requests = (clinic.ballot(), clinic.abort(f"{clinic.campaign}/ballot/9"), clinic.hello_request())
+    for request in requests:
+        clinic.ask(request)
+    head = clinic.site.ledger.head()
+    for _ in range(3):
+        for request in requests:
+            clinic.ask(request)
+    assert clinic.site.ledger.head() == head

@@ -571,7 +571,8 @@ def test_a_hello_without_a_commitment_to_the_graph_is_no_hello() -> None:
 
 # ---- ledger heads
 
-LEDGER_HEAD = Head.create(ONE, 3, SHA)
+LEDGER = "0e" * 16
+LEDGER_HEAD = Head.create(ONE, LEDGER, 3, SHA)
 
 
 def test_a_ledger_head_is_believed_from_its_site_only() -> None:
@@ -592,7 +593,7 @@ def test_an_altered_ledger_head_is_refused(changes: dict[str, object]) -> None:
 def test_a_ledger_head_of_no_site_is_refused() -> None:
     for name in (OPERATOR, "site-3"):
         with pytest.raises(SignatureError, match=f"expected a ledger head of a site, found one of '{name}'"):
-            Head.create(identity(name), 3, SHA).check(ROSTER)
+            Head.create(identity(name), LEDGER, 3, SHA).check(ROSTER)
 
 
 def test_another_signature_of_the_site_is_no_ledger_head() -> None:

@@ -32,7 +32,8 @@ ROSTER = Roster(operator=BOSS.public_key_hex, sites={one.name: one.public_key_he
 BODY = json.dumps({"kind": "train", "canary": CANARY}).encode()
 ARRAYS: dict[str, AnyArray] = {"vector": np.linspace(-1, 1, 40).astype(np.float32), "shares": np.arange(7, dtype=np.uint8)}
 REQUEST = Envelope(OPERATOR, BODY, b"s" * 64, ARRAYS)  # its own signature is not the parcel's business
-HEAD = Head.create(ONE, 7, "ab" * 32)
+LEDGER = "0e" * 16
+HEAD = Head.create(ONE, LEDGER, 7, "ab" * 32)
 ASKED = seal(BOSS, ROSTER, REQUEST, {"site-1": HEAD, "site-2": None})
 FOR_ONE, FOR_TWO = ASKED.only_for(ROSTER, "site-1"), ASKED.only_for(ROSTER, "site-2")
 ANSWER = signed(ONE, Masked(request_sha256="0" * 64), {"pads": np.zeros((2, 32), np.uint8)})
@@ -133,7 +134,7 @@ def test_the_scan_finds_them_where_they_are_not_sealed() -> None:
 def test_headers_have_one_size_whatever_is_in_them() -> None:
     long, short = identity("s" * 63), identity("s")
     roster = Roster(operator=BOSS.public_key_hex, sites={one.name: one.public_key_hex for one in (long, short)})
-    heads = {long.name: Head.create(long, 2**63 - 1, "0" * 64), short.name: None}
+    heads = {long.name: Head.create(long, LEDGER, 2**63 - 1, "0" * 64), short.name: None}
     parcel = seal(BOSS, roster, REQUEST, heads, answers="0" * 64)
     largest = seal(long, roster, replace(REQUEST, sender=long.name), heads, answers="0" * 64)
     assert {len(value) for one in (parcel, largest) for value in one.headers.values()} == {HEADER_BYTES}
@@ -198,7 +199,7 @@ def forged_header(**changes: object) -> Parcel:
     "changes",
     [
         {"head": None},
-        {"head": Head.create(ONE, 6, "ab" * 32)},
+        {"head": Head.create(ONE, LEDGER, 6, "ab" * 32)},
         {"content_key": "00" * 32},
         {"answers": "00" * 32},
         {"content_sha256": "00" * 32},

@@ -124,15 +124,19 @@ def resealed(federation: Federation, name: str, head: Callable[[Head], Head | No
     return tampering
 
 
+def in_another_name(site: Identity, shown: Head) -> Head:
+    return Head.create(Identity("site-4", site.private_key), shown.ledger, shown.seq, shown.link)
+
+
 @pytest.mark.parametrize(
     ("head", "why"),
     [
-        (lambda site, shown: Head.create(site, shown.seq, shown.link), ""),
-        (lambda site, shown: Head.create(site, shown.seq + 1, "0" * 64), ""),
-        (lambda site, _: Head.create(site, 0, "0" * 64), "ledger went back"),
+        (lambda site, shown: Head.create(site, shown.ledger, shown.seq, shown.link), ""),
+        (lambda site, shown: Head.create(site, shown.ledger, shown.seq + 1, "0" * 64), ""),
+        (lambda site, shown: Head.create(site, shown.ledger, 0, "0" * 64), "ledger went back"),
         (lambda *_: None, "not believed"),
         (lambda _, shown: shown.model_copy(update={"seq": shown.seq + 1}), "not believed"),
-        (lambda site, shown: Head.create(Identity("site-4", site.private_key), shown.seq, shown.link), "not believed"),
+        (in_another_name, "not believed"),
     ],
     ids=["its own", "a later one", "the first", "none", "altered", "in another's name"],
 )
@@ -153,7 +157,7 @@ def test_two_heads_of_one_number_are_two_ledgers(federation: Federation) -> None
     with federation.stages() as stages:
         state = trained(stages, 1)
         known = Head.model_validate(newest_heads(federation.run_dir)["site-3"])
-        other = Head.create(federation.site("site-3").identity, known.seq, "0" * 64)
+        other = Head.create(federation.site("site-3").identity, known.ledger, known.seq, "0" * 64)
         federation.tampered["site-3"] = resealed(federation, "site-3", lambda _: other)
         trained(stages, 2, state)
     assert rounds(federation.run_dir)["final/2"].value["dropped"] == {"site-3": "ledger went back"}
