@@ -13,7 +13,8 @@ Covered:
     * a ledger that is missing, cut off, re-ordered or altered in anything that it says, also by someone who knows the format;
     * an older copy of it: noticed by the anchor, or, where that is older too, when the operator shows a newer head;
       from then on nothing is released any more;
-    * two processes at once (a lock, held by a runner all its life where the vault is its own), and a file that is exchanged under a running process;
+    * two processes at once (a lock, held by a runner all its life where the vault is its own);
+    * a file that is exchanged under a running process;
     * the same records under another name, as a copy or a part, or through a second node: all that share records share a budget.
 Not covered:
     * whoever has the data key and both files: a site can always lie to itself;

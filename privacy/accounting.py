@@ -120,6 +120,7 @@ def is_accountable(events: Mapping[str, int]) -> bool:
         event, rate = event_from_json(text), 1.0
         if isinstance(event, dp_accounting.PoissonSampledDpEvent):
             event, rate = event.event, event.sampling_probability
+        assert isinstance(event, dp_accounting.GaussianDpEvent)  # `event_from_json` knows no other
         if event.noise_multiplier < MIN_NOISE_MULTIPLIER:
             return False
         loss += count * math.log1p(rate**2 * math.expm1(event.noise_multiplier**-2))
