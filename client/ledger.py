@@ -55,6 +55,7 @@ from urna.protocol.errors import LedgerError, ReplayError, RollbackError
 from urna.protocol.messages import SpentRow
 
 LOCK_TIMEOUT_SECONDS = 30.0
+MAX_PLANS_OF_A_CAMPAIGN = 100  # that are kept for a person, one after the other
 _OTHER = {"tuning": "heldout", "heldout": "tuning"}
 
 
@@ -288,12 +289,16 @@ class Ledger:
     def wait(self, waiting: Waiting) -> None:
         """Keep a campaign that a person must decide on; another plan of the same name replaces it, and needs its own decision.
 
+        Only so often: whoever delivers two old requests in turn would fill the disk.
+
         Raises:
             LedgerError: the disk refuses.
         """
         fields = (waiting.campaign, waiting.request_sha256, waiting.plan_json)
+        count = "SELECT COUNT(*) FROM entry WHERE kind = 'wait' AND subject = ?"
         with self._writing():
-            if waiting not in self.waiting():
+            (times,) = self._db.execute(count, (waiting.campaign,)).fetchone()
+            if waiting not in self.waiting() and times < MAX_PLANS_OF_A_CAMPAIGN:
                 self._db.execute("INSERT OR REPLACE INTO waiting VALUES (?, ?, ?)", fields)
                 self._append("wait", waiting.campaign, digest_of(*fields))
 

@@ -5,7 +5,8 @@ ledger, and seals the answer with the new head.
 
 Covered:
     * a request is read only if the pinned operator signed it; a reply is signed by this site and names its request;
-    * nothing is computed on records before the release is reserved in the ledger, and nothing leaves before it is settled;
+    * nothing that leaves is computed before it is reserved in the ledger (until then records are only read and hashed, to
+      know whose budget it is), and nothing leaves before it is settled;
     * a repeated request gets the same bytes; a known id with other content is refused, and so is a new release after a close;
     * a campaign that needs a person's yes waits for it, without keeping anybody else waiting; a pause, a no or a policy that
       was made stricter stops every release that was not settled before;
@@ -395,18 +396,21 @@ class Site:
         partition, event, count = described(request, plan)
         number = self._registered(self._dataset(plan))
         release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count, number)
+        planned = request.planned_count * count
+        members = [member.site for member in request.cohort]
+        self._against(release, planned, members, plan)  # what was never accounted takes seconds: not while others are kept out
         with self.ledger.exclusive():
-            no = self._check_open(request.campaign, plan)  # a person may have spoken since
-            if no:
-                return no
-            here, ever = self.ledger.rows(request.campaign), self.ledger.rows(dataset=number)
-            denial = admit_release(self.config.policy, plan, release, request.planned_count * count, here, ever)
-            alone = missing_peers(self.config.policy, [member.site for member in request.cohort])
-            denials = [one for one in (denial, alone) if one is not None]
-            reasons = (*(reason for one in denials for reason in one.reasons), *self._other_split(plan))
+            reasons = self._check_open(request.campaign, plan) or self._against(release, planned, members, plan)
             if not reasons:
                 self.ledger.reserve(release)
         return reasons
+
+    def _against(self, release: Release, planned: int, members: list[str], plan: Plan) -> tuple[str, ...]:
+        """What policy and ledger say against a release."""
+        here, ever = self.ledger.rows(release.campaign), self.ledger.rows(dataset=release.dataset)
+        denial = admit_release(self.config.policy, plan, release, planned, here, ever)
+        denials = [one for one in (denial, missing_peers(self.config.policy, members)) if one is not None]
+        return (*(reason for one in denials for reason in one.reasons), *self._other_split(plan))
 
     def _min_cohort(self, plan: Plan) -> int:
         return max(plan.federation.min_sites, self.config.policy.min_cohort)

@@ -18,6 +18,7 @@ from urna.client.site import Site, open_site
 from urna.protocol.errors import ControlError, FailureCode, LedgerError
 from urna.protocol.messages import AnyReply, Failure, HelloReply, Masked, Pending, Refusal, Statement, Unmasked
 
+ledger_module: Any = importlib.import_module("urna.client.ledger")
 work_module: Any = importlib.import_module("urna.client.work")  # for what it imports, to be interrupted
 
 
@@ -87,6 +88,18 @@ def test_a_campaign_over_the_policy_is_refused_and_never_bothers_a_person(carefu
     careful.plan = a_plan(privacy={"epsilon": 5.0})
     assert "budget" in reasons(careful.ask(careful.hello_request()))
     assert desk_of(careful).status().campaigns == ()
+
+
+def test_two_plans_that_are_delivered_in_turn_do_not_fill_the_disk(careful: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a relay that recorded both."""
+    monkeypatch.setattr(ledger_module, "MAX_PLANS_OF_A_CAMPAIGN", 4)
+    requests = [careful.hello_request()]
+    careful.plan = a_plan(privacy={"epsilon": 3.5})
+    requests.append(careful.hello_request())
+    for _ in range(5):
+        for request in requests:
+            assert isinstance(careful.ask(request), Pending)
+    assert careful.site.ledger.head()[0] == 1 + 1 + 4  # created, the data set, and these
 
 
 def test_nobody_can_say_yes_to_a_campaign_that_never_asked(careful: Clinic) -> None:
