@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from dp_accounting import pld
@@ -89,6 +90,11 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def opened_and_closed(path: Path) -> None:
+    """Open, which checks everything."""
+    Ledger.open(path, KEY).close()
+
+
 def median_seconds(work: Callable[[], object]) -> float:
     """Of some calls."""
     return round(statistics.median(seconds_of(work) for _ in range(NUM_REPEATS)), 4)
@@ -112,7 +118,7 @@ def writes(folder: Path) -> dict[str, float]:
             plain.execute("INSERT INTO release (release) VALUES (?)", (text,))
 
         spent["sqlite"] += seconds_of(insert)
-        spent["reserve"] += seconds_of(lambda one=one: ledger.reserve(one))  # type: ignore[misc]
+        spent["reserve"] += seconds_of(partial(ledger.reserve, one))
         spent["reserve_settle"] += seconds_of(both)
     ledger.close()
     plain.close()
@@ -155,9 +161,9 @@ def measure(options: argparse.Namespace) -> dict[str, object]:  # noqa: ARG001 -
             with closing(filled(path, events())) as ledger:
                 epsilons[mix] = round(epsilon_of_ledger(ledger), 4)
                 distinct[mix] = len(ledger.rows())
-                query[mix] = median_seconds(lambda ledger=ledger: epsilon_of_ledger(ledger))  # type: ignore[misc]
+                query[mix] = median_seconds(partial(epsilon_of_ledger, ledger))
                 rows[mix] = median_seconds(ledger.rows)
-            opened[mix] = median_seconds(lambda path=path: Ledger.open(path, KEY).close())  # type: ignore[misc]
+            opened[mix] = median_seconds(partial(opened_and_closed, path))
             size[mix] = path.stat().st_size
     return {
         **written,

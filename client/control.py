@@ -16,6 +16,7 @@ Not covered:
 """
 
 import contextlib
+import dataclasses
 import getpass
 import logging
 import os
@@ -35,6 +36,8 @@ from urna.client.local_log import Event, write
 from urna.protocol.errors import ControlError, RunnerError, UrnaError
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from urna.client import control_pb2 as wire
     from urna.protocol.plan import Plan
 
@@ -502,10 +505,10 @@ def _from_wire(reply: "wire.StatusReply") -> SiteStatus:
     return SiteStatus(**_named(reply, SiteStatus, campaigns=campaigns, bundles_seen=tuple(reply.bundles_seen)))
 
 
-def _fields(value: object, *but: str) -> dict[str, Any]:
+def _fields(value: "DataclassInstance", *but: str) -> dict[str, Any]:
     """A dataclass's fields by name, shallow: the messages of control.proto have the same names."""
-    return {name: getattr(value, name) for name in value.__dataclass_fields__ if name not in but}  # type: ignore[attr-defined]
+    return {one.name: getattr(value, one.name) for one in dataclasses.fields(value) if one.name not in but}
 
 
-def _named(message: object, kind: type, **changed: Any) -> dict[str, Any]:
-    return {name: getattr(message, name) for name in kind.__dataclass_fields__ if name not in changed} | changed  # type: ignore[attr-defined]
+def _named(message: object, kind: "type[DataclassInstance]", **changed: Any) -> dict[str, Any]:
+    return {one.name: getattr(message, one.name) for one in dataclasses.fields(kind) if one.name not in changed} | changed
