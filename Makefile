@@ -48,6 +48,11 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.run round_overhead
 	$(BIN)/python -m benchmarks.run ledger
 	$(BIN)/python -m benchmarks.run site_message
+	$(BIN)/python -m benchmarks.run noise
+	$(BIN)/python -m benchmarks.run feature_cache
+	$(BIN)/python -m benchmarks.run dp_step
+	$(call install,-e ".[benchmark]")
+	$(BIN)/python -m benchmarks.run dp_accuracy
 	$(BIN)/python -m benchmarks.table
 
 proto: $(VENV)/installed-dev

@@ -22,6 +22,10 @@ NAMES = (
     "round_overhead",
     "site_message",
     "ledger",
+    "noise",
+    "feature_cache",
+    "dp_step",
+    "dp_accuracy",
 )
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -105,6 +105,50 @@ def _ledger(record: Record) -> list[str]:
     return lines
 
 
+def _dp_step(record: Record) -> list[str]:
+    lines = ["| a training step, DP / non-private | engine | time | ceiling | memory | Opacus hooks | Opacus ghost |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for case in _dicts(record["cases"]):
+        peers = [case[f"opacus_{one}"]["time_ratio"] for one in ("hooks", "ghost")]
+        cells = [f"{case['model']}, {case['mode']}", case["engine"], f"{case['time_ratio']:.2f}", f"{case['ceiling']:g}"]
+        cells += [f"{case['memory_ratio']:.2f}", *("-" if one is None else f"{one:.2f}" for one in peers)]
+        lines.append(f"| {' | '.join(cells)} |")
+    noise = max(_dicts(record["cases"]), key=lambda case: case["trained"])
+    lines += ["", f"Physical batches of {record['batch']} on {record['device']}, medians; memory above the built model."]
+    lines += [f"Noise for {noise['trained'] / 1e6:.1f} million weights, once a logical batch: {noise['noise_seconds']:.2f} s;"]
+    lines += [f"with it, at {record['logical_batch']} records: {noise['time_ratio_256']:.2f} ({_where(record)})."]
+    return lines
+
+
+def _dp_accuracy(record: Record) -> list[str]:
+    def shown(tuning: str) -> str:
+        parts = [
+            f"{100 * row['accuracy']:.1f} {'non-private' if row['epsilon'] is None else 'at ' + format(row['epsilon'], 'g')}"
+            for row in _dicts(record["methods"])
+            if row["tuning"] == tuning
+        ]
+        return ", ".join(parts)
+
+    data = record["data"]
+    what = f"MiniLM on {data['records']} docstrings of the standard library, {len(data['classes'])} modules, accuracy in %"
+    return [
+        f"{what}: head {shown('head')} (epsilon); LoRA {shown('lora')}.",
+        f"Learning rates and rounds were chosen on other splits of the same docstrings ({_where(record)}).",
+    ]
+
+
+def _feature_cache(record: Record) -> list[str]:
+    before, after, model = record["epoch_seconds_uncached"], record["epoch_seconds_cached"], record["model"]
+    what = f"An epoch of head training, {model['layers']} layers of {model['width']}, {record['records']} records"
+    return [f"{what}: {before:.1f} s, on kept features {after:.2f} s ({record['speed_up']:.0f} times; {_where(record)})."]
+
+
+def _noise(record: Record) -> list[str]:
+    speed = record["per_second"]["urna_normal"] / 1e6
+    ratios = f"{record['ratio_numpy']:g} times numpy's generator, {record['ratio_torch64']:g} times torch's in float64"
+    return [f"{speed:.0f} million normals a second from AES-256-CTR: {ratios} ({_where(record)})."]
+
+
 SECTIONS = {
     "secure_sum": _secure_sum,
     "server_memory": _server_memory,
@@ -112,6 +156,10 @@ SECTIONS = {
     "round_overhead": _overhead,
     "site_message": _site_message,
     "ledger": _ledger,
+    "dp_step": _dp_step,
+    "dp_accuracy": _dp_accuracy,
+    "feature_cache": _feature_cache,
+    "noise": _noise,
 }
 
 

@@ -52,6 +52,7 @@ def client_app(folder_of: Callable[[Context], Path]) -> ClientApp:
         return Message(content=reply, reply_to=message)
 
     app.query("hello")(answer)
+    app.query("weights")(answer)
     app.query("setup")(answer)
     app.query("ballot")(answer)
     app.train()(answer)

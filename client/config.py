@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from urna.client.compute import Compute
 from urna.client.dataset import DatasetConfig
 from urna.client.policy import Policy
 from urna.protocol.errors import SiteConfigError
@@ -43,6 +44,7 @@ class SiteConfig(Section):
     dataset: Annotated[tuple[DatasetConfig, ...], Field(min_length=1, max_length=100)]
     policy: Policy
     vault: Vault = Vault()
+    compute: Compute = Compute()
     link: Link | None = None  # None: this site is served by a simulation or a stock ClientApp
 
     @model_validator(mode="after")

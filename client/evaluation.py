@@ -24,6 +24,10 @@ def count_rows(
         labels: (n,).
         layout: which numbers leave.
     """
-    logits = [predict_logits(vector, one) for vector, one in zip(vectors, features, strict=True)]
+    return rows_of([predict_logits(vector, one) for vector, one in zip(vectors, features, strict=True)], labels, layout)
+
+
+def rows_of(logits: Sequence[npt.NDArray[np.float32]], labels: npt.NDArray[np.int64], layout: CountLayout) -> Floats:
+    """The same from each model's logits (n, num_classes), however it came to them."""
     predictions = np.stack([one.argmax(axis=1) for one in logits], axis=1).astype(np.int64)  # (n, K)
     return layout.rows(labels, predictions)

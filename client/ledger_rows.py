@@ -8,8 +8,8 @@ from urna.protocol.messages import Partition, Stage
 
 MAX_COUNT = 10**9  # of a release: a thousand of them still are within `SpentRow.count`
 # what an entry by itself says; of the other kinds it holds the hash of a row
-Event = Literal["approve", "deny", "pause", "resume", "close", "bundle", "stop", "anchor"]
-EVENTS: tuple[Event, ...] = ("approve", "deny", "pause", "resume", "close", "bundle", "stop", "anchor")
+Event = Literal["approve", "deny", "pause", "resume", "close", "bundle", "weights", "stop", "anchor"]
+EVENTS: tuple[Event, ...] = ("approve", "deny", "pause", "resume", "close", "bundle", "weights", "stop", "anchor")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class Event(StrEnum):
     CAMPAIGN_OPENED = "campaign_opened"
     CAMPAIGN_REFUSED = "campaign_refused"
     RELEASE_REFUSED = "release_refused"
+    WEIGHTS_BEGUN = "weights_begun"  # a candidate's file begins to arrive
+    WEIGHTS_REFUSED = "weights_refused"
+    WEIGHTS_INSTALLED = "weights_installed"  # all of it is here, and has the hash that the campaign pinned
+    MODEL_PREPARED = "model_prepared"  # for training: its engine, what was repaired or frozen, which engines could not serve it
     BUNDLE_SEEN = "bundle_seen"
     BUNDLE_REFUSED = "bundle_refused"
     SUPERNODE_LOST = "supernode_lost"

@@ -10,7 +10,7 @@ Not covered:
     * whether the named peers are honest: they are members whose keys are pinned, no more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -45,6 +45,8 @@ class Policy(Section):
     )
     metrics: tuple[Metric, ...] = ("accuracy", "confusion")  # noisy counts of held-out records that may leave
     approval_required: bool = False  # a person here must say yes to each campaign: `urna-site approve`
+    accept_weights: bool = False  # candidates that are not installed here may come through the campaign, by the hash it pins
+    max_weights_bytes: Annotated[int, Field(ge=1, le=2**40)] = 10**9  # of all candidates that ever came like that, together
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,12 @@ class Denial:
 
 
 def admit_plan(
-    policy: Policy, plan: Plan, spent: tuple[SpentRow, ...], operator: str, licence_of: Mapping[str, str]
+    policy: Policy,
+    plan: Plan,
+    spent: tuple[SpentRow, ...],
+    operator: str,
+    licence_of: Mapping[str, str],
+    unseen: Collection[str] = (),
 ) -> Grant | Denial:
     """Decide about a plan as a whole.
 
@@ -73,14 +80,15 @@ def admit_plan(
         spent: everything that records of this data set were ever released in.
         operator: the public key of who asks.
         licence_of: of the candidates that this installation knows.
+        unseen: candidates that are still to come: their licence is looked at when it is here.
     """
     used = epsilon_of_rows(spent, policy.delta)
     left = policy.epsilon_total - used
     asked = plan.privacy.epsilon
     allowed = None if policy.candidates is None else set(policy.candidates)
     foreign = [c.name for c in plan.candidates if allowed is not None and c.name not in allowed]
-    licences = {c.name: licence_of.get(c.name, "unknown") for c in plan.candidates}
-    barred = [f"{name} ({one})" for name, one in licences.items() if policy.licences is not None and one not in policy.licences]
+    licences = {c.name: licence_of.get(c.name, "unknown") for c in plan.candidates if c.name not in unseen}
+    barred = [f"{name} ({one})" for name, one in licences.items() if not allows_licence(policy, one)]
     extra = plan.evaluation.metrics_asked - set(policy.metrics)
     checks = [
         (
@@ -122,6 +130,11 @@ def admit_plan(
     ]
     reasons = tuple(reason for fine, reason in checks if not fine)
     return Denial(reasons) if reasons else Grant(epsilon=asked, delta=plan.privacy.delta)
+
+
+def allows_licence(policy: Policy, licence: str) -> bool:
+    """Whether weights of this licence may be used here."""
+    return policy.licences is None or licence in policy.licences
 
 
 def admit_release(

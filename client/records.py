@@ -90,6 +90,21 @@ class Records:
             raise SiteConfigError(f"expected records of images, found {found}: ask for models of this modality")
         return self.inputs.pixels
 
+    @property
+    def model_inputs(self) -> npt.NDArray[np.float32] | tuple[str, ...]:
+        """What a candidate reads: the pixels, or the texts.
+
+        Raises:
+            SiteConfigError: the records are a table.
+        """
+        match self.inputs:
+            case Images(pixels):
+                return pixels
+            case Texts(texts):
+                return texts
+        found = type(self.inputs).__name__.lower()
+        raise SiteConfigError(f"expected records of images or texts, found {found}: no candidate reads them")
+
     def take(self, chosen: Chosen) -> "Records":
         """The chosen records, in order."""
         pairs = [pair for *pair, keep in zip(self.ids, self.units, chosen, strict=True) if keep]

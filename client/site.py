@@ -11,6 +11,8 @@ Covered:
     * a campaign that needs a person's yes waits for it, without keeping anybody else waiting; a pause, a no or a policy that
       was made stricter stops every release that was not settled before;
     * whatever goes wrong, a fixed code leaves; the text stays in this site's log;
+    * a candidate that is not here, or not the one that the hello pinned, costs nothing: it is refused, or delivered first;
+      nor does one whose weights are damaged, or that no engine can train: it is loaded and tried before the reservation;
     * nothing is unmasked for a second list of survivors, nor after the operator failed to show what an earlier list was;
     * once a release is reserved, whether it fails does not depend on single records: a record whose gradient is not finite
       counts as zero, and heads that could make one overflow are refused before.
@@ -21,6 +23,7 @@ Not covered:
 
 import hashlib
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from pydantic import ValidationError
 import urna
 from urna.client.config import SiteConfig, Vault, load_site_config
 from urna.client.dataset import DatasetConfig
+from urna.client.delivery import Delivery, forget, is_absent, is_intact, piece_of
 from urna.client.file_lock import FileLock
 from urna.client.ledger import Ledger
 from urna.client.ledger_rows import CampaignRow, Release, Waiting
@@ -39,8 +43,7 @@ from urna.client.round_store import Audited
 from urna.client.secure_rounds import SecureRounds, graph_nonce
 from urna.client.vault import load_data_key, open_ledger
 from urna.client.work import Workbench, check_grid, head_of, heads_of
-from urna.models.catalogue import CATALOGUE
-from urna.models.loading import artefact_sha256
+from urna.models.catalogue import spec
 from urna.privacy.accounting import described, epsilon_of_rows
 from urna.privacy.fixed_point import Grid
 from urna.privacy.ring import masked, numbers_of
@@ -84,8 +87,11 @@ from urna.protocol.messages import (
     Stage,
     Statement,
     Summed,
+    TrainRequest,
     Unmasked,
     UnmaskRequest,
+    WeightsReply,
+    WeightsRequest,
     open_request,
     signed,
 )
@@ -94,6 +100,9 @@ from urna.protocol.quorum import Quorum
 from urna.protocol.sealing import Parcel, seal, unseal
 
 MAX_BUNDLES = 1000  # that the ledger remembers
+NOT_INSTALLED = (
+    "not installed here, and policy.accept_weights is off: run `urna models pretrain` or `urna models add`, or allow delivery"
+)
 REASON_LIMIT, REASONS_LIMIT = 1000, 100  # what a `Refusal` carries: characters of one, and how many
 
 
@@ -123,7 +132,9 @@ class Site:
             reply = self.handle(request)
             head = Head.create(self.identity, self.ledger.id, *self.ledger.head())
             return seal(self.identity, self.roster, reply, {OPERATOR: head}, answers=parcel.sha256)
-        except Exception as error:  # the edge, as in `handle`
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # the edge, as in `handle`
             code = failure_code(error)
             write(self.log, Event.REQUEST_FAILED, "a parcel", level=logging.ERROR, code=code, error=error)
             failure = signed(self.identity, Failure(request_sha256=asked, code=code))
@@ -142,7 +153,9 @@ class Site:
         """Answer one request; never raises, and answers a fixed code when something is wrong."""
         try:
             return self._answer(request)
-        except Exception as error:  # the edge: whatever happened, only a code leaves
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # the edge: whatever happened, a library's panic too, only a code leaves
             code = failure_code(error)
             write(self.log, Event.REQUEST_FAILED, "a request", level=logging.ERROR, code=code, error=error)
             return signed(self.identity, Failure(request_sha256=request.sha256, code=code))
@@ -162,7 +175,9 @@ class Site:
             raise ProtocolError(f"campaign {request.campaign} was opened with another plan")
         match request:
             case CloseRequest():
-                return self._statement(envelope, request, plan)
+                return self._statement(envelope, request, plan, kept)
+            case WeightsRequest():
+                return self._weights(envelope, request, plan, kept)
             case SetupRequest():
                 return self._setup(envelope, request, plan, kept)
             case UnmaskRequest():
@@ -198,7 +213,8 @@ class Site:
         public = key.public_key().public_bytes_raw().hex()
         commitment = hashlib.sha256(bytes.fromhex(graph_nonce(key))).hexdigest()
         member = Member.create(self.identity, request.campaign, public, dataset.num_records, commitment)
-        hello = HelloReply(request_sha256=envelope.sha256, urna_version=urna.__version__, member=member)
+        lacks = tuple(entry.name for entry in plan.candidates if is_absent(entry.name))
+        hello = HelloReply(request_sha256=envelope.sha256, urna_version=urna.__version__, member=member, lacks=lacks)
         reply = signed(self.identity, hello)
         row = CampaignRow(
             campaign=request.campaign,
@@ -217,12 +233,17 @@ class Site:
 
     def _barred(self, plan: Plan, spent: tuple[SpentRow, ...]) -> tuple[str, ...]:
         """What the policy says against a plan."""
-        licences = {entry.name: CATALOGUE[entry.name].licence for entry in plan.candidates if entry.name in CATALOGUE}
-        verdict = admit_plan(self.config.policy, plan, spent, self.roster.operator, licences)
+        names, licences = {entry.name for entry in plan.candidates}, {}
+        for name in names:
+            with suppress(ModelError):
+                licences[name] = spec(name).licence
+        unseen = names - set(licences) if self.config.policy.accept_weights else set[str]()
+        verdict = admit_plan(self.config.policy, plan, spent, self.roster.operator, licences, unseen)
         return verdict.reasons if isinstance(verdict, Denial) else ()
 
     def _refused(self, envelope: Envelope, request: Request, reasons: tuple[str, ...]) -> Envelope:
-        event = Event.CAMPAIGN_REFUSED if isinstance(request, HelloRequest) else Event.RELEASE_REFUSED
+        events: dict[type[Request], Event] = {HelloRequest: Event.CAMPAIGN_REFUSED, WeightsRequest: Event.WEIGHTS_REFUSED}
+        event = events.get(type(request), Event.RELEASE_REFUSED)
         write(
             self.log,
             event,
@@ -236,16 +257,39 @@ class Site:
         return signed(self.identity, Refusal(request_sha256=envelope.sha256, reasons=told[:REASONS_LIMIT]))
 
     def _unfit(self, plan: Plan, models: dict[str, str]) -> tuple[str, ...]:
-        """What this installation lacks for the plan, beside its policy."""
+        """What this installation lacks for the plan, beside its policy; what may still be delivered is no reason."""
         reasons = []
         for entry in plan.candidates:
-            try:
-                found = artefact_sha256(entry.name)
-                if found != models.get(entry.name) or entry.sha256 not in (None, found):
-                    reasons.append(f"model {entry.name}: other weights are installed here than the operator pinned")
-            except ModelError:
-                reasons.append(f"model {entry.name}: not installed at this site")
+            name, pinned = entry.name, models.get(entry.name)
+            as_planned = pinned is not None and entry.sha256 in (None, pinned)
+            if is_absent(name) and not self.config.policy.accept_weights:
+                reasons.append(f"model {name}: {NOT_INSTALLED}")
+            elif is_absent(name) and not as_planned:
+                reasons.append(f"model {name}: the operator pinned no weights to deliver, or others than the plan")
+            elif not is_absent(name) and not (as_planned and is_intact(name, pinned)):
+                reasons.append(f"model {name}: other weights are installed here than the operator pinned")
         return tuple(reasons)
+
+    def _weights(self, envelope: Envelope, request: WeightsRequest, plan: Plan, kept: CampaignRow) -> Envelope:
+        """Take a piece of a candidate that this site lacked in its hello; it costs nothing and is no release."""
+        lacks = HelloReply.model_validate_json(Envelope.from_bytes(kept.reply).body).lacks
+        if request.candidate not in lacks or self.ledger.releases(request.campaign):
+            raise ProtocolError(f"expected weights that this site lacks, before the first release; found {request.candidate}")
+        part = piece_of(envelope, request)
+        pinned = kept.models[request.candidate]
+        delivery = Delivery(self.folder, request.candidate, pinned, self.config.policy, self.ledger)
+        reasons = self._check_open(request.campaign, plan) or delivery.denied(request)
+        if reasons:
+            return self._refused(envelope, request, reasons)
+        was_here = is_intact(request.candidate, pinned)
+        held = delivery.take(request, part)
+        if request.offset == 0 or (held.complete and not was_here):
+            event = Event.WEIGHTS_INSTALLED if held.complete else Event.WEIGHTS_BEGUN
+            detail = f"{request.candidate} {pinned}, {request.file} of {request.size} bytes"
+            write(self.log, event, detail, campaign=request.campaign, request_id=request.request_id)
+        return signed(
+            self.identity, WeightsReply(request_sha256=envelope.sha256, received=held.received, complete=held.complete)
+        )
 
     def _other_split(self, plan: Plan) -> tuple[str, ...]:
         """Why this plan may not move records between the partitions: whoever changed sides would be charged for one only."""
@@ -307,7 +351,7 @@ class Site:
         shown = self._check(envelope, request, plan, kept)
         reasons = self._check_open(request.campaign, plan)
         if known is None and not reasons:
-            reasons = self._reserve(envelope, request, plan)
+            reasons = self._reserve(envelope, request, plan, kept)
         if reasons:
             return self._refused(envelope, request, reasons)
         bench = self.bench(self._dataset(plan))
@@ -372,11 +416,18 @@ class Site:
         plan.check_sizes([member.num_records for member in request.cohort])
         if request.planned_count > plan.max_planned_count:
             raise ProtocolError(f"expected at most {plan.max_planned_count} planned releases, found {request.planned_count}")
+        if isinstance(request, TrainRequest):
+            rounds = plan.num_runoff_rounds if request.stage == "runoff" else plan.final.num_rounds
+            if request.index > rounds:  # its rate has no place in the plan's schedule
+                raise ProtocolError(f"expected {request.stage} round {rounds} or an earlier one, found {request.index}")
         heads = heads_of(request)
         asked = request.candidates if isinstance(request, BallotRequest) else tuple(heads.values())
         foreign = set(asked) - {entry.name for entry in plan.candidates}  # the policy allowed the plan's, no others
         if foreign:
             raise ProtocolError(f"expected candidates of the plan, found {', '.join(sorted(foreign))}")
+        for name in asked:  # before it is reserved: what cannot be computed must cost nothing
+            if not is_intact(name, kept.models[name]):
+                raise ModelError(f"expected {name} as the hello pinned it, found none or another: install or deliver it")
         for name, candidate in heads.items():
             head_of(envelope, name, candidate, plan)
         if isinstance(request, EvaluateRequest) and request.detail and not plan.evaluation.confusion:
@@ -391,14 +442,21 @@ class Site:
             secure.check_round(request.request_id, _round_key(kept), request.cohort)
         return secure.check_audits(request.campaign, request.audits)
 
-    def _reserve(self, envelope: Envelope, request: Summed, plan: Plan) -> tuple[str, ...]:
-        """Write the reservation, or why not: decided and written while no other process of this site can spend."""
+    def _reserve(self, envelope: Envelope, request: Summed, plan: Plan, kept: CampaignRow) -> tuple[str, ...]:
+        """Write the reservation, or why not: decided and written while no other process of this site can spend.
+
+        Raises:
+            ModelError: a candidate's weights are damaged, or no engine serves it; nothing is reserved.
+        """
         partition, event, count = described(request, plan)
         number = self._registered(self._dataset(plan))
         release = Release(request.request_id, envelope.sha256, request.campaign, request.stage, partition, event, count, number)
         planned = request.planned_count * count
         members = [member.site for member in request.cohort]
-        self._against(release, planned, members, plan)  # what was never accounted takes seconds: not while others are kept out
+        reasons = self._against(release, planned, members, plan)  # accounting may take seconds: not while others are kept out
+        if reasons:
+            return reasons
+        self.bench(self._dataset(plan)).ready(request, plan, kept.models)  # what cannot be computed must cost nothing
         with self.ledger.exclusive():
             reasons = self._check_open(request.campaign, plan) or self._against(release, planned, members, plan)
             if not reasons:
@@ -425,17 +483,19 @@ class Site:
 
     def bench(self, dataset: DatasetConfig) -> Workbench:
         """The open records of one of this site's data sets."""
-        return self._benches.setdefault(dataset.name, Workbench(self.folder, dataset, self.data_key))
+        bench = Workbench(self.folder, dataset, self.data_key, self.config.compute, self.log)
+        return self._benches.setdefault(dataset.name, bench)
 
     def _registered(self, dataset: DatasetConfig) -> int:
         """The records' number in the ledger: by what they are, not by what they are called."""
         return self.ledger.register(dataset.name, self.bench(dataset).sketch())
 
-    def _statement(self, envelope: Envelope, request: CloseRequest, plan: Plan) -> Envelope:
+    def _statement(self, envelope: Envelope, request: CloseRequest, plan: Plan, kept: CampaignRow) -> Envelope:
         secure = self._secure(plan)
         secure.note(secure.check_audits(request.campaign, request.audits))
         if self.ledger.noted("close", subject=request.campaign) is None:
             self.ledger.note("close", request.campaign, plan_sha256=plan.sha256)
+        forget(self.folder, kept.models.values())  # what was begun of them, and will not go on
         rows = self.ledger.rows(request.campaign)
         delta = plan.privacy.delta
         stages: list[Stage] = list(dict.fromkeys(row.stage for row in rows))
@@ -485,7 +545,7 @@ def _round_key(kept: CampaignRow) -> X25519PrivateKey:
     return X25519PrivateKey.from_private_bytes(kept.round_key)
 
 
-def failure_code(error: Exception) -> FailureCode:
+def failure_code(error: BaseException) -> FailureCode:
     """The fixed code of an exception; the first match counts."""
     table: list[tuple[type[Exception], FailureCode]] = [
         (RollbackError, FailureCode.ROLLBACK),

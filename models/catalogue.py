@@ -1,14 +1,18 @@
-"""Every candidate that the product knows: what it is, before anything is opened or computed.
+"""Every candidate that this installation knows: what it is, before anything is opened or computed.
 
-A candidate is named in a plan, allowed by a site's policy and pinned by the hash of its artefact. This table holds the
-public facts that those three need; it imports no deep-learning library, so that `urna plan check` stays instant.
+A candidate is named in a plan, allowed by a site's policy and pinned by the hash of its artefact. Here are the public
+facts that those three need: of the built-in candidates a table, of the installed ones what `urna models add` wrote into
+the cache. No deep-learning library is imported, so that `urna plan check` stays instant.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import MappingProxyType
 
+from urna.models.candidate_file import CANDIDATE_FILE, CandidateFile, read_candidate
 from urna.protocol.errors import ModelError
 
 
@@ -19,9 +23,9 @@ class CandidateSpec:
     Args:
         name: What a plan calls it, and the name of its artefact's folder.
         family: The kind of architecture; a shortlist keeps families apart.
-        modality: The kind of record that its input adapter reads.
+        modality: The kind of record that it reads: image, text, audio, series, ...
         tasks: The kinds of task that its features may serve.
-        input_shape: Channels, height and width of one adapted record; values in [0, 1].
+        input_shape: Of one adapted record: channels, height and width of an image; empty where length varies, as of texts.
         feature_dim: Length of one record's frozen feature vector.
         num_parameters: Weights of the backbone, without the head that is tuned on it.
         licence: SPDX identifier of the weights.
@@ -33,7 +37,7 @@ class CandidateSpec:
     family: str
     modality: str
     tasks: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     feature_dim: int
     num_parameters: int
     licence: str
@@ -154,14 +158,65 @@ _SPECS = (
 CATALOGUE: Mapping[str, CandidateSpec] = MappingProxyType({spec.name: spec for spec in _SPECS})
 
 
-def spec(name: str) -> CandidateSpec:
-    """Return the facts of a candidate.
+def cache_root() -> Path:
+    """Return the folder that holds one folder per candidate; it need not exist yet."""
+    if configured := os.environ.get("URNA_CACHE_DIR"):
+        return Path(configured) / "models"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "urna" / "models"
+    return Path.home() / ".cache" / "urna" / "models"
+
+
+def is_installed(name: str, root: Path | None = None) -> bool:
+    """Whether a candidate of this name was installed; never one of the catalogue, whatever lies in the cache."""
+    fits = bool(name) and name not in CATALOGUE and "/" not in name and "\0" not in name and not name.startswith(".")
+    return fits and ((root or cache_root()) / name / CANDIDATE_FILE).is_file()
+
+
+def installed(root: Path | None = None) -> tuple[str, ...]:
+    """The names of all installed candidates, in order; whether each can be read is for `spec` to say."""
+    folder = root or cache_root()
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(path.name for path in folder.iterdir() if is_installed(path.name, folder)))
+
+
+def known(root: Path | None = None) -> tuple[str, ...]:
+    """The names of all candidates: the built-in ones, then the installed ones."""
+    return (*CATALOGUE, *installed(root))
+
+
+def spec(name: str, root: Path | None = None) -> CandidateSpec:
+    """Return the facts of a candidate; a built-in one comes first.
+
+    Args:
+        name: What a plan calls it.
+        root: Folder of artefacts, for installed ones; None is `cache_root()`.
 
     Raises:
-        ModelError: the catalogue knows no candidate of this name.
+        ModelError: there is no candidate of this name, or its candidate.json is malformed.
     """
     if name in CATALOGUE:
         return CATALOGUE[name]
-    close = get_close_matches(name, CATALOGUE, n=1)
+    if is_installed(name, root):
+        return spec_of(read_candidate(name, (root or cache_root()) / name)[0])
+    names = known(root)
+    close = get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ModelError(f"no candidate is called {name!r}: {hint}known are {', '.join(CATALOGUE)}")
+    raise ModelError(f"no candidate is called {name!r}: {hint}known are {', '.join(names)}")
+
+
+def spec_of(file: CandidateFile) -> CandidateSpec:
+    """The facts that a candidate.json states."""
+    return CandidateSpec(
+        name=file.name,
+        family=file.family,
+        modality=file.modality,
+        tasks=file.tasks,
+        input_shape=file.input_shape,
+        feature_dim=file.feature_dim,
+        num_parameters=file.num_parameters,
+        licence=file.licence,
+        pretrained_on=file.pretrained_on,
+        summary=file.summary,
+    )

@@ -94,9 +94,25 @@ class Grid:
             raise RuntimeError("a quantised row is longer than its clip")
         return integers
 
-    def quantise(self, vector: Floats) -> Integers:
-        """Put one vector (p,) that is private already on the grid: nearest value, within the summand's part of the ring."""
-        return self.clamp(np.asarray(np.rint(clip_rows(vector[None] / self.step, 2.0**62)[0]), dtype=np.int64))
+    def quantise(self, vector: npt.NDArray[np.float32] | Floats) -> Integers:
+        """Put one vector (p,) on the grid: nearest value, within the summand's part of the ring; a block at a time.
+
+        A bound is an integer, so it does not matter that the clamp (a contraction: see `clamp`) comes before the rounding.
+
+        Raises:
+            NonFiniteError: a number is not finite.
+        """
+        integers = np.empty(vector.size, np.int64)
+        for start in range(0, vector.size, BLOCK):
+            units = vector[start : start + BLOCK].astype(np.float64)
+            if not np.isfinite(units).all():
+                raise NonFiniteError("expected finite numbers before the clip, found NaN or infinity: nothing is released")
+            with np.errstate(over="ignore"):  # clamped
+                np.divide(units, self.step, out=units)  # exact: a power of two
+            np.clip(units, -self.bound, self.bound, out=units)
+            np.rint(units, out=units)
+            np.copyto(integers[start : start + BLOCK], units, casting="unsafe")
+        return integers
 
     def clamp(self, integers: Integers) -> Integers:
         """Keep a sum of *data* within the summand's part of the ring: a contraction, it cannot raise the sensitivity.

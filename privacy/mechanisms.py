@@ -12,6 +12,7 @@ Not covered:
 
 import math
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from urna.protocol.errors import NonFiniteError
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+NORMAL_BLOCK = 1 << 13  # pairs of normal numbers that are drawn at a time: what works on them stays in the L2 cache
 
 
 def random_bytes(size: int) -> bytes:
@@ -67,7 +69,16 @@ class RandomStream:
 
 def uniform(size: int) -> Floats:
     """Draw ``size`` uniform numbers in (0, 1): 52 random bits each, centred in their cell so that neither 0 nor 1 occurs."""
-    return (_random_integers(size, 52).astype(np.float64) + 0.5) * 2.0**-52  # exact: 53 bits
+    return _centred(np.frombuffer(random_bytes(8 * size), dtype="<u8").astype(np.uint64))
+
+
+def _centred(words: npt.NDArray[np.uint64]) -> Floats:
+    """Turn 64 random bits each into (k + 1/2) / 2**52 for their upper 52, k, in place; every step is exact."""
+    np.right_shift(words, np.uint64(12), out=words)
+    np.bitwise_or(words, np.uint64(0x3FF << 52), out=words)  # the exponent of 1: read as a float64, 1 + k / 2**52
+    numbers = words.view(np.float64)
+    np.subtract(numbers, 1 - 2.0**-53, out=numbers)
+    return numbers
 
 
 def _random_integers(size: int, bits: int) -> npt.NDArray[np.uint64]:
@@ -76,11 +87,44 @@ def _random_integers(size: int, bits: int) -> npt.NDArray[np.uint64]:
 
 
 def standard_normal(size: int) -> Floats:
-    """Draw ``size`` standard normal numbers (Box and Muller 1958), vectorised."""
-    half = (size + 1) // 2
-    radius = np.sqrt(-2.0 * np.log(uniform(half)))
-    angle = 2.0 * np.pi * uniform(half)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size]
+    """Draw ``size`` standard normal numbers; beside them half a megabyte is used."""
+    drawn, at = np.empty(size), 0
+    for block in _normal_blocks(size):
+        drawn[at : at + len(block)] = block
+        at += len(block)
+    return drawn
+
+
+def _normal_blocks(size: int) -> Iterator[Floats]:
+    """``size`` standard normal numbers (Box and Muller 1958), a block at a time; overwritten by the next block.
+
+    Cosine and sine of the angle come from one tangent, of its half, t: (1 - t^2) / (1 + t^2) and 2 t / (1 + t^2). That
+    takes a third of the time. The key lives for one call: what is drawn after a fork has another.
+    """
+    half = min(NORMAL_BLOCK, max(1, (size + 1) // 2))
+    cipher = counter_mode(os.urandom(32))
+    zeros, stream = memoryview(bytes(16 * half)), bytearray(16 * half + 15)
+    normal, square = np.empty(2 * half), np.empty(half)
+    for start in range(0, size, 2 * half):
+        pairs = min(half, (size - start + 1) // 2)
+        cipher.update_into(zeros[: 16 * pairs], stream)
+        numbers = _centred(np.frombuffer(stream, dtype="<u8", count=2 * pairs))
+        radius, tangent, squared = numbers[:pairs], numbers[pairs:], square[:pairs]
+        np.log(radius, out=radius)
+        np.multiply(radius, -2.0, out=radius)
+        np.sqrt(radius, out=radius)
+        np.subtract(tangent, 0.5, out=tangent)
+        np.multiply(tangent, math.pi, out=tangent)  # half an angle that is uniform in (-pi, pi)
+        np.tan(tangent, out=tangent)  # at most 2e16: its square does not overflow
+        np.multiply(tangent, tangent, out=squared)
+        cosine, sine = normal[:pairs], normal[pairs : 2 * pairs]
+        np.subtract(1.0, squared, out=cosine)
+        np.add(squared, 1.0, out=squared)
+        np.divide(radius, squared, out=radius)
+        np.multiply(cosine, radius, out=cosine)
+        np.multiply(tangent, radius, out=sine)
+        np.multiply(sine, 2.0, out=sine)
+        yield normal[: min(2 * pairs, size - start)]
 
 
 def integer_noise(size: int, scale: float) -> Integers:
@@ -96,7 +140,13 @@ def integer_noise(size: int, scale: float) -> Integers:
     """
     if not 32 <= scale < 2**55:
         raise ValueError(f"noise needs a scale of 32 to 2**55 grid units, found {scale:g}: change the grid step")
-    return np.rint(standard_normal(size) * scale).astype(np.int64)
+    drawn, at = np.empty(size, np.int64), 0
+    for block in _normal_blocks(size):
+        np.multiply(block, scale, out=block)
+        np.rint(block, out=block)
+        np.copyto(drawn[at : at + len(block)], block, casting="unsafe")
+        at += len(block)
+    return drawn
 
 
 def poisson_sample(size: int, sample_rate: float) -> npt.NDArray[np.bool_]:

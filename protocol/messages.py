@@ -1,6 +1,7 @@
 """One model per request and reply, versioned and signed; an `Envelope` is what travels.
 
     hello     plan, model hashes                  -> HelloReply: what a site may say publicly, its round key
+    weights   a piece of a candidate's file       -> WeightsReply: how much it holds; only to sites that lack the candidate
     setup     all members; sparse graphs only     -> SetupReply: the nonce it had committed to
     ballot    candidates, mechanism, cohort       -> Masked: its buckets' votes (K numbers)
     train     candidate, mechanism, cohort, head  -> Masked: its clipped gradients (p numbers)
@@ -40,10 +41,13 @@ if TYPE_CHECKING:
 
 BODY_LIMIT_BYTES = 4_000_000
 ARRAYS_LIMIT = 1_000
+PIECE_LIMIT_BYTES = 16 * 2**20  # of a weights file, in one message
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Stage = Literal["hello", "ballot", "runoff", "final", "evaluation", "close"]
 Partition = Literal["tuning", "heldout"]  # of a site's records, by a keyed hash of each id
+FileName = Literal["candidate.json", "config.json", "model.safetensors", "tokenizer.json"]  # of all that is ever delivered
+FileSize = Annotated[int, Field(ge=1, le=2**40)]
 RequestId = Annotated[str, Field(pattern=r"^[a-z0-9_/.-]{1,200}$")]
 LedgerId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]  # made with the ledger
 SignatureHex = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -159,6 +163,21 @@ class HelloRequest(Request):
     graph_commitment: Sha256  # of the nonce that sparse graphs will depend on, fixed before any site shows its key
 
 
+class WeightsRequest(Request):
+    """A piece of a candidate's file, in array ``part`` (n,) uint8, for a site that said in its hello that it lacks it.
+
+    The pieces of a file come in order, and the file that names the others' hashes comes first. Costs nothing of the budget.
+    """
+
+    kind: Literal["weights"] = "weights"
+    stage: Literal["hello"] = "hello"
+    candidate: Name
+    file: FileName
+    sha256: Sha256  # of the whole file
+    size: FileSize
+    offset: Annotated[int, Field(ge=0, lt=2**40)]
+
+
 class SetupRequest(Request):
     """Fixes the members of a campaign with a sparse graph: asks for the nonces that they committed to."""
 
@@ -211,11 +230,12 @@ class BallotRequest(Summed):
 
 
 class TrainRequest(Summed):
-    """Asks for one round of DP training of ``candidate``; array ``vector`` (p,) float32 is the global head."""
+    """Asks for one round of DP training of ``candidate``; array ``vector`` (p,) float32 is what is trained, as an offset."""
 
     kind: Literal["train"] = "train"
     stage: Literal["runoff", "final"]
     candidate: Name
+    index: Annotated[int, Field(ge=1, le=10_000)] = 1  # of the candidate's rounds, for the schedule of the sites' learning rate
 
 
 class EvaluateRequest(Summed):
@@ -265,12 +285,21 @@ class HelloReply(Reply):
     kind: Literal["hello"] = "hello"
     urna_version: Annotated[str, Field(max_length=50)]
     member: Member
+    lacks: Annotated[tuple[Name, ...], Field(max_length=64)] = ()  # of the plan's candidates; its policy lets them be sent
 
 
 class Pending(Reply):
     """A person at this site must approve the campaign first: nothing is decided, and the same hello may be asked again."""
 
     kind: Literal["pending"] = "pending"
+
+
+class WeightsReply(Reply):
+    """How much of the file this site holds now, from its beginning on; ``complete``: the whole candidate is installed."""
+
+    kind: Literal["weights"] = "weights"
+    received: Annotated[int, Field(ge=0, le=2**40)]
+    complete: bool
 
 
 class SetupReply(Reply):
@@ -337,9 +366,17 @@ class Failure(Reply):
 
 
 AnyRequest = (
-    HelloRequest | SetupRequest | BallotRequest | TrainRequest | EvaluateRequest | UnmaskRequest | AbortRequest | CloseRequest
+    HelloRequest
+    | WeightsRequest
+    | SetupRequest
+    | BallotRequest
+    | TrainRequest
+    | EvaluateRequest
+    | UnmaskRequest
+    | AbortRequest
+    | CloseRequest
 )
-AnyReply = HelloReply | Pending | SetupReply | Masked | Unmasked | Burnt | Statement | Refusal | Failure
+AnyReply = HelloReply | WeightsReply | Pending | SetupReply | Masked | Unmasked | Burnt | Statement | Refusal | Failure
 _REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Annotated[AnyRequest, Field(discriminator="kind")])
 _REPLY: TypeAdapter[AnyReply] = TypeAdapter(Annotated[AnyReply, Field(discriminator="kind")])
 

@@ -63,7 +63,7 @@ class Task(Section):
     """What the model must do."""
 
     kind: Literal["classification"] = "classification"
-    modality: Literal["image"] = "image"
+    modality: Literal["image", "text"] = "image"
     num_classes: Annotated[int, Field(ge=2, le=1000)]
     dataset: Name | None = None  # what the sites call their records for this task; None: a site's first that fits
 
@@ -140,16 +140,24 @@ class Runoff(Section):
 class Final(Section):
     """The fine-tune of the winner."""
 
-    tuning: Literal["head"] = "head"
+    # what is trained: a linear head on frozen features, low-rank factors beside linear layers and the head, or every weight
+    tuning: Literal["head", "lora", "full"] = "head"
+    lora_rank: Annotated[int, Field(ge=1, le=256)] = 8  # of tuning = "lora"
     num_rounds: Annotated[int, Field(ge=1, le=10_000)]
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1  # DP-SGD steps a round at each site (noise = "local")
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    # of the server, by Flower's strategies of these names; sites of noise = "local" take plain DP-SGD steps
+    # of the server, by Flower's strategies of these names
     optimizer: Literal["sgd", "momentum", "adam", "yogi", "adagrad"] = "adam"
     learning_rate: Annotated[float, Field(gt=0, le=1000)]
-    local_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # of the sites' steps (noise = "local")
-    proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0  # pulls local steps to the global head (FedProx)
+    # of the sites' steps (noise = "local"); its moments start afresh in every round
+    local_optimizer: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
+    local_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    local_weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0  # of adamw, decoupled: pulls to the pretrained weights
+    proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0  # pulls local steps to the global vector (FedProx)
+    # of the rate of DP-SGD steps: the server's with noise = "shared", the sites' (local_learning_rate) with "local"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear and cosine fall, to zero after the last step
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of all steps: the rate rises to its value in them
     # how updates become one; all but the mean need to see each update (federation.secure_sum = false)
     aggregation: Literal["mean", "median", "trimmed_mean", "krum", "bulyan"] = "mean"
     num_malicious_sites: Annotated[int, Field(ge=0, le=1000)] = 1  # that a robust aggregation bears
@@ -160,6 +168,21 @@ class Final(Section):
         bad = self.num_malicious_sites
         needed = {"mean": 1, "median": 2 * bad + 1, "trimmed_mean": 2 * bad + 1, "krum": 2 * bad + 3, "bulyan": 4 * bad + 3}
         return needed[self.aggregation]
+
+    def learning_rate_factor(self, index: int, step: int = 0) -> float:
+        """What the schedule multiplies a rate by, above 0 and at most 1: of the plan's numbers and the place only.
+
+        Args:
+            index: the round, 1 ... num_rounds; a round that is lost counts.
+            step: of the round's local steps, 0 ... local_steps - 1. A place outside of the plan is taken for its first or last.
+        """
+        total = self.num_rounds * self.local_steps
+        done = min(max((index - 1) * self.local_steps + step, 0), total - 1)  # steps before this one
+        warmup = self.warmup_fraction * total
+        if done + 1 < warmup:
+            return (done + 1) / warmup
+        left = (total - max(done, warmup)) / (total - warmup)  # of the steps after the warm-up
+        return {"constant": 1.0, "linear": left, "cosine": math.sin(0.5 * math.pi * left) ** 2}[self.schedule]
 
 
 class Evaluation(Section):
@@ -216,6 +239,21 @@ class Plan(Section):
                 f"{self.federation.min_sites - 2}, found {self.privacy.max_colluding_sites}: "
                 "with fewer than two honest sites a sum hides nothing; add sites or lower it"
             )
+        if virtual is not None and self.task.modality != "image":
+            raise ValueError(
+                f'federation.virtual has images of {virtual.dataset} only, found task.modality = "{self.task.modality}": '
+                "take the section out and run with sites of your own"
+            )
+        if self.privacy.noise == "shared" and (self.final.local_optimizer != "sgd" or self.final.local_weight_decay):
+            raise ValueError(
+                'final.local_optimizer and final.local_weight_decay are of local steps, and privacy.noise = "shared" has none: '
+                'choose final.optimizer, or noise = "local"'
+            )
+        if self.final.local_weight_decay and self.final.local_optimizer != "adamw":
+            raise ValueError(
+                f'final.local_weight_decay is of final.local_optimizer = "adamw", found "{self.final.local_optimizer}": '
+                "use 0, or adamw"
+            )
         if self.privacy.noise == "shared" and self.final.proximal_mu:
             raise ValueError('final.proximal_mu pulls local steps, and privacy.noise = "shared" has none: use 0, or "local"')
         if not self.federation.secure_sum and self.privacy.noise != "local":
@@ -271,6 +309,11 @@ class Plan(Section):
     def expected_batch(self) -> float:
         """B = q n: what a sum of gradients is divided by, whatever was really sampled."""
         return self.final.sample_rate * self.num_tuning_records
+
+    @property
+    def num_runoff_rounds(self) -> int:
+        """Of each finalist; the winner's are the first of its `Final.num_rounds`."""
+        return min(self.runoff.num_rounds, self.final.num_rounds)
 
     @property
     def max_planned_count(self) -> int:

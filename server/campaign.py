@@ -22,7 +22,7 @@ from urna.server.rounds import Rounds
 from urna.server.stages import Stages
 from urna.strategies import ballot, budget, runoff
 from urna.strategies.aggregation import OptimizerState
-from urna.strategies.shortlist import shortlist
+from urna.strategies.shortlist import shortlist, trained_sizes
 
 VERSIONED = ("flwr", "torch", "opacus", "dp-accounting", "numpy", "cryptography")
 
@@ -66,14 +66,26 @@ class Campaign:
         plan = self.plan
         ahead = [gaussian(budget.ballot_noise_multiplier(plan))]
         multiplier = budget.training_noise_multiplier(plan, plan.final.num_rounds, ahead)
-        judged = shortlist(plan, [spec(entry.name) for entry in plan.candidates], multiplier)
-        self.journal.once("shortlist", lambda: {"noise_multiplier": multiplier, "candidates": [asdict(one) for one in judged]})
-        kept = [one.name for one in judged if not one.reasons]
+        specs = [spec(entry.name) for entry in plan.candidates]
+
+        def make() -> Json:
+            judged = shortlist(plan, specs, multiplier, trained_sizes(plan, specs))
+            return {"noise_multiplier": multiplier, "candidates": [asdict(one) for one in judged]}
+
+        judged = self.journal.once("shortlist", make)["candidates"]  # another preflight could judge otherwise: the first counts
+        kept = [one["name"] for one in judged if not one["reasons"]]
         if not kept:
-            why = "; ".join(f"{one.name}: {', '.join(one.reasons)}" for one in judged)
+            why = "; ".join(f"{one['name']}: {', '.join(one['reasons'])}" for one in judged)
             raise PlanError(f"the shortlist left no candidate ({why}): loosen [shortlist] or add candidates")
+        if plan.final.tuning != "head":
+            self.journal.once("tuning", lambda: self._tuning(kept))
         self.stages.check_rings(kept, budget.ballot_noise_multiplier(plan), multiplier)
         return kept
+
+    def _tuning(self, kept: list[str]) -> Json:
+        """How the operator's preflight would train each candidate that is left; sites run their own."""
+        sizes = trained_sizes(self.plan, [spec(name) for name in kept])
+        return {"mode": self.plan.final.tuning, "candidates": {name: asdict(one) for name, one in sizes.items()}}
 
     def _ballot(self, names: list[str]) -> ballot.Ranking | None:
         """The ranking; None when there was nothing to choose or every attempt was lost."""
@@ -87,7 +99,7 @@ class Campaign:
         plan = self.plan
         runs_off = ranking is not None and ranking.undecided and plan.ballot.if_undecided == "runoff"
         names = runoff.finalists(ranking, plan.runoff.num_finalists) if ranking is not None and runs_off else ()
-        rounds = min(plan.runoff.num_rounds, plan.final.num_rounds) if names else 0
+        rounds = plan.num_runoff_rounds if names else 0
         releases = len(names) * rounds + plan.final.num_rounds - rounds
 
         def make() -> Json:

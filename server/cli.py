@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -40,6 +41,7 @@ console = Console(highlight=False)
 
 PlanPath = Annotated[Path, typer.Argument(help="The plan, a TOML file.", show_default=False)]
 RunsDir = Annotated[Path, typer.Option(help="Folder of all runs.", envvar="URNA_RUNS_DIR")]
+Tuning = Literal["head", "lora", "full"]
 RunDir = Annotated[Path, typer.Argument(help="A run's folder, like runs/digits-20260101-120000.", show_default=False)]
 
 
@@ -155,15 +157,23 @@ def report(run_dir: RunDir) -> None:
 @app.command()
 def predict(
     run_dir: RunDir,
-    input: Annotated[Path, typer.Option(help="Images: a CSV of pixels (a row each) or a PNG.")],  # noqa: A002 - the option's name
+    input: Annotated[  # noqa: A002 - the option's name
+        Path, typer.Option(help="Images: a CSV of pixels (a row each) or a PNG. Texts: a CSV, JSON lines, or one text a line.")
+    ],
     max_value: Annotated[
         float | None, typer.Option(help="What counts as white; without it 255 for a PNG and 1 for a CSV.")
     ] = None,
+    column: Annotated[str, typer.Option(help="Which column of a CSV, or key of JSON lines, holds the text.")] = "text",
 ) -> None:
-    """Label images with a run's model: one line each, label and probability."""
-    from urna.server.artefact import load_model, read_images
+    """Label images or texts with a run's model: one line each, label and probability."""
+    from urna.server.artefact import load_model
+    from urna.server.inputs import read_images, read_texts
 
-    labels, probabilities = load_model(run_dir).predict(read_images(input, max_value))
+    model = load_model(run_dir)
+    if model.config.modality == "text":
+        labels, probabilities = model.predict(read_texts(input, column))
+    else:
+        labels, probabilities = model.predict(read_images(input, max_value, any_shape=not model.config.is_built_in))
     for label, row in zip(labels, probabilities, strict=True):
         print(f"{int(label)}\t{float(row[label]):.4f}")
 
@@ -182,18 +192,47 @@ def monitor(
 
 @models_app.command("list")
 def models_list() -> None:
-    """Every candidate that this installation knows."""
-    from urna.models.catalogue import CATALOGUE
-    from urna.models.loading import artefact_sha256
+    """Every candidate that this installation knows, built-in or installed."""
+    from urna.server.candidates import candidate_lines
 
-    for spec in CATALOGUE.values():
-        try:
-            built = f"built {artefact_sha256(spec.name)[:12]}"
-        except BadInputError:
-            built = "not built"
-        size = f"{spec.num_parameters:,} parameters, {spec.feature_dim} features"
-        console.print(Text(f"{spec.name:<13} {spec.family}, {size}, {spec.licence}, {built}"))
-        console.print(Text(f"{'':<13} {spec.summary} Pretrained on {spec.pretrained_on}."), style="dim", soft_wrap=True)
+    for facts, words in candidate_lines():
+        console.print(Text(facts), soft_wrap=True)
+        console.print(Text(f"{'':<13} {words}"), style="dim", soft_wrap=True)
+
+
+@models_app.command("add")
+def models_add(
+    name: Annotated[str, typer.Argument(help="What plans will call it: a-z, 0-9, - and _.", show_default=False)],
+    folder: Annotated[Path | None, typer.Argument(help="The model, as Hugging Face writes it.", show_default=False)] = None,
+    *,
+    licence: Annotated[str, typer.Option(help="SPDX identifier of the weights.", show_default=False)],
+    pretrained_on: Annotated[str, typer.Option(help="The public data and the task behind them.", show_default=False)],
+    summary: Annotated[str, typer.Option(help="What it is, in one sentence.", show_default=False)] = "",
+    max_tokens: Annotated[int | None, typer.Option(help="Of one text; without it 128 or the model's limit.")] = None,
+    centre_on: Annotated[
+        Path | None, typer.Option(help="PUBLIC records to centre features on, as `urna predict` reads them.")
+    ] = None,
+    hub: Annotated[str | None, typer.Option(help="Instead of a folder: a repository of the hub, owner/name.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Its full commit (with --hub).")] = None,
+) -> None:
+    """Install a pretrained model as a candidate: safetensors of a known family, checked, pinned by one hash."""
+    if (folder is None) == (hub is None) or (hub is None) != (revision is None):
+        raise BadInputError("expected a folder, or --hub with --revision, found neither or both: give one of them")
+    from urna.models.installed import About, install, install_from_hub
+    from urna.server.candidates import public_records
+
+    about = About(licence, pretrained_on, summary)
+    records = None if centre_on is None else partial(public_records, centre_on)
+    if hub is not None and revision is not None:
+        found = install_from_hub(name, hub, revision, about, max_tokens=max_tokens, centre_on=records)
+    else:
+        assert folder is not None
+        found = install(name, folder, about, max_tokens=max_tokens, centre_on=records)
+    size = f"{found.spec.num_parameters:,} parameters, {found.spec.feature_dim} features"
+    console.print(Text(f"{name}: {found.spec.family}, {found.spec.modality}, {size}"), soft_wrap=True)
+    console.print(Text(f"  sha256 {found.sha256}"), soft_wrap=True)
+    if found.dropped:
+        console.print(Text(f"  no feature needs, so dropped: {', '.join(found.dropped)}"), soft_wrap=True)
 
 
 @app.command()
@@ -235,21 +274,31 @@ def models_pretrain(
     """Build candidates on public data, once; they are kept in the user's cache and checked by hash."""
     from urna.models.catalogue import CATALOGUE, spec
 
-    _build([spec(name).name for name in names] if names else list(CATALOGUE), force=force)
+    for name in names or ():
+        if spec(name).name not in CATALOGUE:
+            raise BadInputError(f"{name!r} was installed, not built here: see `urna models add`")
+    _build(names or list(CATALOGUE), force=force)
 
 
 @models_app.command("check")
-def models_check(name: Annotated[str, typer.Argument(help="A candidate.")]) -> None:
-    """Verify a built candidate's files, and its per-example gradients against a one-example loop."""
+def models_check(
+    name: Annotated[str, typer.Argument(help="A candidate.")],
+    tuning: Annotated[Tuning, typer.Option(help="What would be trained.")] = "head",
+    num_classes: Annotated[int, typer.Option(help="Outputs of the head.", min=2, max=1000)] = 10,
+    lora_rank: Annotated[int, typer.Option(help="Inner dimension of low-rank factors.", min=1, max=256)] = 8,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+) -> None:
+    """Verify a candidate's files, and its per-example gradients, parameter by parameter, against a one-example loop."""
     from urna.models.loading import load_backbone
-    from urna.models.preflight import check_head
+    from urna.server.candidates import check_candidate, check_lines, check_table
 
     backbone = load_backbone(name)
-    found = check_head(backbone.spec.feature_dim, num_classes=10, seed=0)
-    console.print(f"{name}: weights {backbone.sha256[:12]} verified; per-example gradients of a 10-class head sound")
-    console.print(
-        f"  worst norm error {found.worst_norm_error:.1e}, clipped sum error {found.clipped_sum_error:.1e}, tolerance 1e-3"
-    )
+    checked = check_candidate(backbone, tuning, num_classes, lora_rank, device)
+    what = f"per-example gradients of tuning {tuning} with {num_classes} classes are sound"
+    console.print(Text(f"{name}: files {backbone.sha256[:12]} verified; {what}"), soft_wrap=True)
+    console.print(check_table(checked.report))
+    for line in check_lines(checked):
+        console.print(Text(f"  {line}"), soft_wrap=True)
 
 
 def _begin_deployed(run_dir: Path, plan: Plan, federation: str, operator_key: Path | None, roster: Path | None) -> None:
@@ -262,13 +311,13 @@ def _begin_deployed(run_dir: Path, plan: Plan, federation: str, operator_key: Pa
 
 def _prepare_models(plan: Plan) -> None:
     """Every candidate of a plan is known, built (a missing one is built now), and what the plan or its manifest pins."""
-    from urna.models.catalogue import spec
+    from urna.models.catalogue import CATALOGUE, spec
     from urna.models.loading import cache_root, load_backbone
 
     for entry in plan.candidates:
         if (cache_root() / spec(entry.name).name).exists():
             load_backbone(entry.name, entry.sha256)  # a file that is not what it should be is said, never replaced unasked
-    _build([entry.name for entry in plan.candidates], force=False)
+    _build([entry.name for entry in plan.candidates if entry.name in CATALOGUE], force=False)
     for entry in plan.candidates:
         load_backbone(entry.name, entry.sha256)
 

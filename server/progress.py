@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from urna.protocol.plan import Plan
-from urna.server.journal import Entry, Journal
+from urna.server.journal import Entry, Journal, Json
 
 REFRESH_SECONDS = 0.25
 STAGES = ("hello", "shortlist", "ballot", "runoff", "final", "evaluation", "close")
@@ -47,6 +47,9 @@ class Progress:
             case "hello":
                 self.stage, self.members = "hello", len(value["members"])
                 self._say(f"hello: {self.members} sites joined" + _others(value["others"]))
+            case "weights":
+                self.stage = "hello"
+                self._say(_delivery(value))
             case "waiting":
                 self.stage, sites = "hello", value["sites"]
                 self._say(f"hello: waiting for people at {', '.join(sites)} to approve" if sites else "hello: all have decided")
@@ -55,6 +58,11 @@ class Progress:
                 kept = [one["name"] for one in value["candidates"] if not one["reasons"]]
                 self._say(f"shortlist: {len(kept)} of {len(value['candidates'])} candidates: {', '.join(kept)}")
                 self.rounds_planned = 2 + self.plan.final.num_rounds + self.plan.evaluation.num_curve_points
+            case "tuning":
+                for name, one in value["candidates"].items():
+                    self._say(
+                        f"preflight: {name} is trained by {one['engine']}" + "".join(f"; {why}" for why in one["fallbacks"])
+                    )
             case "ballot":
                 verdict = f"undecided among {', '.join(value['contenders'])}" if value["undecided"] else "decided"
                 self._say(f"ballot: {verdict}" if value["opened"] else "ballot: lost")
@@ -171,6 +179,15 @@ def describe(entries: Sequence[Entry], plan: Plan) -> Progress:
     for entry in entries:
         progress.feed(entry)
     return progress
+
+
+def _delivery(value: Json) -> str:
+    size = f"{value['bytes'] / 1e6:.1f} MB"
+    if "delivered" not in value:
+        return f"hello: sending {value['candidate']} ({size}) to {', '.join(value['sites'])}, which have it not installed"
+    got = f"hello: {value['candidate']} is installed at {', '.join(value['delivered'])}" if value["delivered"] else ""
+    lost = "; ".join(f"{site} did not get {value['candidate']} ({why})" for site, why in sorted(value["failed"].items()))
+    return "; ".join(part for part in (got, lost) if part)
 
 
 def _others(others: dict[str, str]) -> str:

@@ -119,6 +119,17 @@ class Left(Part):
     noise_multiplier: float
 
 
+class Preparation(Part):
+    """How the winner was made ready for per-example gradients, by the operator's preflight; sites run their own."""
+
+    mode: str
+    numbers: int  # trained
+    share_trained: float  # of the weights that the mode would train
+    engine: str
+    notes: tuple[str, ...]  # what was repaired or frozen
+    fallbacks: tuple[str, ...]  # why faster engines do not serve
+
+
 class Confusion(Part):
     """The released matrix, rows are true classes: every cell carries Gaussian noise and may be negative."""
 
@@ -136,6 +147,8 @@ class Report(Part):
     plan: dict[str, Any]  # JSON, as the plan's own model wrote it
     plan_sha256: str
     models: dict[str, str]
+    tuning: str  # what was trained, in words
+    preparation: Preparation | None = None  # of the winner; None for a head
     versions: dict[str, str]
     seconds: float
     resumed: int

@@ -62,6 +62,7 @@ def render(report: Report) -> str:
         report=report,
         headline=headline(report),
         decision=decision_in_words(report),
+        preparation=preparation_in_words(report),
         figures=_figures(report),
         plan_lines=list(_flat(report.plan)),
         show_matrix=report.confusion is not None and len(report.confusion.cells) <= MAX_MATRIX_CLASSES,
@@ -101,6 +102,25 @@ def decision_in_words(report: Report) -> list[str]:
         )
     words += _verdict(report)
     return words or ["Nothing is decided yet."]
+
+
+def preparation_in_words(report: Report) -> list[str]:
+    """How the winner was made ready for training, a sentence each: mode, numbers, engine, repairs, fallbacks."""
+    found = report.preparation
+    if found is None:
+        return []
+    share = f"{found.share_trained:.1%} of what the mode trains"
+    whose = "by the operator's preflight. Each site chose its own in the same order, and says it in its log."
+    return [
+        f"{report.winner}, mode {found.mode}: {found.numbers:,} numbers were trained, {share}.",
+        f"Engine of per-example gradients: {found.engine}, {whose}",
+        *(_sentence(f"Repair: {note}") for note in found.notes),
+        *(_sentence(f"Fallback: {why}") for why in found.fallbacks),
+    ]
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
 
 
 def _verdict(report: Report) -> list[str]:

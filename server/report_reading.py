@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from urna.models.catalogue import CATALOGUE
+from urna.models.catalogue import spec
 from urna.privacy.counts import COUNT_WEIGHT, CountLayout, Counts
-from urna.protocol.plan import Plan
+from urna.protocol.errors import ModelError
+from urna.protocol.plan import Final, Plan
 from urna.server.journal import Entry, Journal, Json, recorded_plan
 from urna.server.report import (
     Absent,
@@ -31,6 +32,7 @@ from urna.server.report import (
     Finalist,
     Left,
     Noise,
+    Preparation,
     Ranked,
     Report,
     Round,
@@ -76,6 +78,8 @@ class _Reading:
             plan=run["plan"],
             plan_sha256=run["plan_sha256"],
             models=self.values.get("models", {}),
+            tuning=tuning_in_words(self.plan.final),
+            preparation=self._preparation(),
             versions=starts[-1]["versions"] if starts else {},
             seconds=self.entries[-1].at - self.entries[0].at,
             resumed=max(0, len(starts) - 1),
@@ -109,6 +113,7 @@ class _Reading:
     def _stage(self) -> str:
         """Of the latest entry that belongs to one."""
         stages = {"models": "hello", "hello": "hello", "shortlist": "shortlist", "ballot": "ballot", "statements": "close"}
+        stages["tuning"] = "shortlist"
         for entry in reversed(self.entries):
             if entry.kind in ("ask", "round", "counts", "model"):
                 known = [one.stage for one in self.rounds if one.key == entry.key.partition("/")[2]]
@@ -128,7 +133,7 @@ class _Reading:
         ranked = [
             Ranked(
                 name=one["name"],
-                family=CATALOGUE[one["name"]].family if one["name"] in CATALOGUE else "unknown",
+                family=_family(one["name"]),
                 contender=one["name"] in ballot["contenders"],
                 shortlisted=not one["reasons"],
                 reasons=tuple(one["reasons"]),
@@ -137,6 +142,20 @@ class _Reading:
             for one in self.values.get("shortlist", {"candidates": []})["candidates"]
         ]
         return tuple(sorted(ranked, key=lambda one: (one.rank or math.inf, not one.shortlisted)))
+
+    def _preparation(self) -> Preparation | None:
+        tuning, winner = self.values.get("tuning"), self.values.get("decision", {}).get("winner")
+        if tuning is None or winner not in tuning["candidates"]:
+            return None
+        found = tuning["candidates"][winner]
+        return Preparation(
+            mode=tuning["mode"],
+            numbers=found["size"],
+            share_trained=found["share_trained"],
+            engine=found["engine"],
+            notes=tuple(found["notes"]),
+            fallbacks=tuple(found["fallbacks"]),
+        )
 
     def _runoff(self) -> tuple[Finalist, ...]:
         counts = self.values.get("counts/runoff")
@@ -234,7 +253,8 @@ class _Reading:
             return next((int(item["trainable_parameters"]) for item in judged if item["name"] == one.candidates[0]), 0)
         if one.purpose == "votes":
             return sum(not item["reasons"] for item in self.values["shortlist"]["candidates"])
-        return CountLayout(len(one.candidates), self.plan.task.num_classes if one.purpose == "final" else 0).size
+        detailed = one.purpose == "final" and self.plan.evaluation.confusion
+        return CountLayout(len(one.candidates), self.plan.task.num_classes if detailed else 0).size
 
     def _limits(self) -> list[str]:
         plan, counts = self.plan, self.values.get("counts/final")
@@ -280,6 +300,22 @@ def _round(entry: Entry) -> Round:
         noise_multiplier=value["noise_multiplier"],
         epsilon=value["epsilon"],
     )
+
+
+def tuning_in_words(final: Final) -> str:
+    """What a plan trains."""
+    return {
+        "head": "a linear head on frozen features",
+        "lora": f"low-rank factors of rank {final.lora_rank} beside the linear layers, and a linear head",
+        "full": "every weight that per-example gradients exist for, and a linear head",
+    }[final.tuning]
+
+
+def _family(name: str) -> str:
+    try:
+        return spec(name).family
+    except ModelError:  # it was known where the campaign ran
+        return "unknown"
 
 
 def _absent(site: str, why: str) -> Absent:

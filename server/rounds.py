@@ -26,6 +26,7 @@ from urna.privacy.secure_sum import Context, ServerRole, alive_digest, context_o
 from urna.protocol.errors import ProtocolError, RoundError
 from urna.protocol.identity import OPERATOR, Identity, Roster, verify
 from urna.protocol.messages import (
+    PIECE_LIMIT_BYTES,
     AbortRequest,
     AnswerOfSite,
     AnyArray,
@@ -34,6 +35,7 @@ from urna.protocol.messages import (
     Burnt,
     Envelope,
     HelloReply,
+    HelloRequest,
     Masked,
     Member,
     Message,
@@ -48,6 +50,7 @@ from urna.protocol.messages import (
 )
 from urna.protocol.plan import Plan
 from urna.protocol.quorum import MAX_SILENT_AT_SETUP
+from urna.server.delivery import Delivery, doubt_of_lacks
 from urna.server.exchange import Answer, Exchange, Transport
 from urna.server.journal import Journal, Json
 
@@ -138,7 +141,11 @@ class Rounds:
             patience_seconds: how long to wait for people at the sites who must approve first.
 
         Returns:
-            The members by name, and why others are none: refusals, codes and doubts by name.
+            The members by name, and why others are none: refusals, codes and doubts by name. Members have every candidate:
+            what they lacked, and let be sent, was delivered.
+
+        Raises:
+            ModelError: a candidate that a site lacks is not here as it was pinned.
         """
         members: dict[str, HelloReply] = {}
         others: dict[str, str] = {}
@@ -153,7 +160,8 @@ class Rounds:
             except ProtocolError as error:
                 log.warning("a hello was not believed: %s", error)
                 return
-            doubt = believe(answer.said) or self._doubt_of_key(answer.said.member, members)
+            doubt = believe(answer.said) or doubt_of_lacks(request, answer.said)
+            doubt = doubt or self._doubt_of_key(answer.said.member, members)
             if doubt is None:
                 members[answer.site] = answer.said
                 self._address[answer.site] = answer.address
@@ -164,9 +172,18 @@ class Rounds:
         envelope = self._recorded("hello", request, {})
         waiting = self._exchange.ask_until_approved("query.hello", envelope, nodes, take, patience_seconds)
         others |= dict.fromkeys(waiting, "waits for approval at the site")
+        if isinstance(request, HelloRequest):
+            others |= self._delivered(request, members)
+        members = {name: one for name, one in members.items() if name not in others}
         self._members = {name: members[name].member for name in sorted(members)}
         self.everyone_back()
         return members, others
+
+    def _delivered(self, request: HelloRequest, members: Mapping[str, HelloReply]) -> dict[str, str]:
+        """Send the members what they lack, before anything is spent; why some did not get it."""
+        delivery = Delivery(self._exchange, self._journal, self._identity, PIECE_LIMIT_BYTES)
+        lacking = {site: said.lacks for site, said in members.items() if said.lacks}
+        return delivery.run(request, lacking, self._address)
 
     def setup(self, request: SetupRequest) -> None:
         """Fix the members and learn what their sparse graph depends on; who does not tell its nonce takes no part.

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from urna.models.catalogue import spec
 from urna.models.loading import artefact_sha256
-from urna.models.tuning import trainable_size
+from urna.models.sizes import trained_size_of
 from urna.privacy.accounting import described, epsilon_of, epsilon_of_rows
 from urna.privacy.counts import CountLayout, Counts
 from urna.privacy.fixed_point import Grid
@@ -124,15 +123,17 @@ class Stages:
         def ask(opening: Opening) -> tuple[Summed, Mapping[str, AnyArray]]:
             grid = train_grid(self.plan, opening.cohort, self._size(candidate), multiplier)
             fields = self._summed(stage, opening, multiplier, grid, planned)
-            return TrainRequest(**fields, candidate=candidate), {"vector": state.vector.astype(np.float32)}
+            request = TrainRequest(**fields, candidate=candidate, index=index)
+            return request, {"vector": state.vector.astype(np.float32)}
 
         facts = {"candidate": candidate, "index": index, "of": final.num_rounds}
         robust = None if final.aggregation == "mean" else self._robust
         outcome = self._sum(key, "train", ask, self._size(candidate), facts, robust)
         if outcome.total is None:
             return state
-        gradient = outcome.total / self.plan.expected_batch if shared else -outcome.total * _share_of_survivors(outcome)
-        return apply(state, gradient, final)
+        if shared:
+            return apply(state, outcome.total / self.plan.expected_batch, final, final.learning_rate_factor(index))
+        return apply(state, -outcome.total * _share_of_survivors(outcome), final)  # the schedule was the sites'
 
     def count(
         self,
@@ -144,12 +145,12 @@ class Stages:
         *,
         detail: bool = False,
     ) -> Counts | None:
-        """Noisy held-out counts of one or several candidates' heads.
+        """Noisy held-out counts of one or several candidates, tuned as far as they are.
 
         Args:
             key: what they are for; names the journal's entry.
             attempt: 1, 2, ...; each is a release of its own.
-            models: candidates and their heads.
+            models: candidates and their vectors.
             multiplier: noise of this attempt.
             planned: how many releases of this multiplier the campaign will ask for.
             detail: whether the confusion matrix leaves too.
@@ -209,7 +210,7 @@ class Stages:
         count_grid(self.plan, cohort, counted, final_counts_noise_multiplier(self.plan, {}, last_attempt=True))
 
     def start(self, candidate: str) -> OptimizerState:
-        """The head that every fine-tune of ``candidate`` starts from."""
+        """What every fine-tune of ``candidate`` starts from."""
         return OptimizerState.start(self._size(candidate))
 
     def asked_events(self, partition: Partition) -> Counter[str]:
@@ -273,7 +274,8 @@ class Stages:
         return sum(self.plan.num_buckets(member.num_records) for member in cohort)
 
     def _size(self, candidate: str) -> int:
-        return trainable_size(spec(candidate).feature_dim, self.plan.task.num_classes)
+        final = self.plan.final
+        return trained_size_of(candidate, self.plan.task.num_classes, final.tuning, final.lora_rank)
 
     def _pinned_models(self) -> Json:
         pinned = {}

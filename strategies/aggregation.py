@@ -37,12 +37,12 @@ class OptimizerState:
 
     @staticmethod
     def start(size: int) -> "OptimizerState":
-        """Zero everything: a head that favours no class."""
+        """Zero everything: the pretrained weights, and a head that favours no class."""
         return OptimizerState(np.zeros(size), np.zeros(size), np.zeros(size))
 
 
-def apply(state: OptimizerState, gradient: Floats, final: Final) -> OptimizerState:
-    """One update with a noisy mean gradient (p,).
+def apply(state: OptimizerState, gradient: Floats, final: Final, rate_factor: float = 1.0) -> OptimizerState:
+    """One update with a noisy mean gradient (p,), at ``rate_factor`` times the plan's learning rate.
 
     Raises:
         ValueError: a number is not finite.
@@ -51,7 +51,7 @@ def apply(state: OptimizerState, gradient: Floats, final: Final) -> OptimizerSta
 
     if not np.isfinite(gradient).all():
         raise ValueError("expected a finite gradient, found NaN or infinity")
-    rate = final.learning_rate
+    rate = final.learning_rate * rate_factor
     if final.optimizer in ("sgd", "momentum"):
         plain = FedAvgM(server_learning_rate=rate, server_momentum=MOMENTUM if final.optimizer == "momentum" else 0.0)
         plain.server_opt = True  # also with a learning rate of 1, which Flower takes for "off"

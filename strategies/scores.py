@@ -92,7 +92,8 @@ def estimated_confusion(counts: Counts) -> Floats:
     errors = counts.num_records - right
     believed *= min(1.0, errors / max(believed.sum(), errors))
     spread = np.where(wrong & (believed == 0), np.outer(diagonal, diagonal) + 1e-9, 0.0)
-    estimate = believed + spread * ((errors - believed.sum()) / max(spread.sum(), 1e-9))
+    left = max(0.0, errors - believed.sum())  # below 0 by a rounding error where all errors are believed
+    estimate = believed + spread * (left / max(spread.sum(), 1e-9))
     np.fill_diagonal(estimate, diagonal)
     return np.asarray(estimate, dtype=np.float64)
 

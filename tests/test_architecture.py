@@ -42,6 +42,10 @@ WEAK_RNG_EXEMPT = {
     "models/public_data.py": "draws public images; a seed makes artefacts reproducible",
     "models/pretrain.py": "trains on public data; a seed makes artefacts reproducible",
     "models/preflight.py": "synthetic inputs of a self-test; nothing of a record is near",
+    "models/huggingface.py": "synthetic inputs of the same",
+    "models/compatibility_cases.py": "synthetic inputs and random weights of the matrix that a test writes",
+    "models/attention.py": "a twin has the dropout of its layer; repairs switch both off",
+    "models/recurrent.py": "the same",
     "strategies/scores.py": "simulates what is already public to give it error bars",
     "embedded.py": "decides which virtual site holds what in an experiment",
 }

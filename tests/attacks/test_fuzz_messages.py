@@ -36,6 +36,7 @@ from urna.protocol.messages import (
     Pending,
     Refusal,
     SetupRequest,
+    WeightsRequest,
     _signed_bytes,
     open_reply,
     open_request,
@@ -171,6 +172,8 @@ def build(folder: Path) -> Ward:
         "plan_sha256": other.sha256,
     }
     setup = SetupRequest(**clinic.fields("setup", "hello", cohort=clinic.cohort()))
+    piece = {"candidate": "pixels", "file": "model.safetensors", "sha256": "0" * 64, "size": 9, "offset": 0}
+    weights = WeightsRequest(**clinic.fields("weights/pixels/0/0", "hello", **piece))
     good = {
         "hello": clinic.hello_request(**second),
         "setup": clinic.sealed(setup),
@@ -180,6 +183,7 @@ def build(folder: Path) -> Ward:
         "unmask": clinic.unmask(one),
         "abort": clinic.abort(one),
         "close": clinic.close(),
+        "weights": clinic.sealed(weights, {"part": np.zeros(9, np.uint8)}),  # nobody lacks any here: refused
         "repeat": one.request,
         "dear": clinic.ballot("ballot/8", audits=audits, noise_multiplier=0.5),  # refused: over the plan's epsilon
     }
@@ -220,7 +224,7 @@ def test_the_good_messages_are_answered_as_they_should_be(ward: Ward) -> None:
     kinds = {name: handled(ward, request) for name, request in ward.good.items()}
     assert kinds["hello"] == "hello"
     assert {kinds[name] for name in ("ballot", "train", "evaluate", "repeat")} == {"masked"}
-    assert (kinds["unmask"], kinds["abort"]) == ("unmasked", "burnt")
+    assert (kinds["unmask"], kinds["abort"], kinds["weights"]) == ("unmasked", "burnt", "bad_request")
 
 
 def test_a_site_answers_any_signed_message_with_a_code_and_spends_nothing_unasked(ward: Ward) -> None:
@@ -401,15 +405,16 @@ def test_mutants_of_the_site_are_noticed(ward: Ward, monkeypatch: pytest.MonkeyP
 
     real_reserve, real_answer = Site._reserve, Site._answer
 
-    def reserves_twice(self: Site, envelope: Envelope, request: Any, plan: Any) -> tuple[str, ...]:
-        real_reserve(self, envelope, request.model_copy(update={"request_id": f"{request.request_id}-more"}), plan)
-        return real_reserve(self, envelope, request, plan)
+    def reserves_twice(self: Site, envelope: Envelope, request: Any, plan: Any, kept: Any) -> tuple[str, ...]:
+        real_reserve(self, envelope, request.model_copy(update={"request_id": f"{request.request_id}-more"}), plan, kept)
+        return real_reserve(self, envelope, request, plan, kept)
 
     def reserves_first(self: Site, envelope: Envelope) -> Envelope:
         request = open_request(envelope, self.roster, OPERATOR)
         if request.kind == "train":
-            plan = ward.clinic.plan
-            real_reserve(self, envelope, request, plan)
+            kept = self.ledger.campaign(request.campaign)
+            assert kept is not None
+            real_reserve(self, envelope, request, ward.clinic.plan, kept)
             raise ProtocolError("refused afterwards")
         return real_answer(self, envelope)
 

@@ -215,7 +215,7 @@ class Clinic:
         return self.sealed(BallotRequest(**fields))
 
     def train(self, request_id: str = "final/1", vector: AnyArray | None = None, **changes: Any) -> Envelope:
-        fields = self.summed(request_id, "final", **({"candidate": "pixels"} | changes))
+        fields = self.summed(request_id, **({"stage": "final", "candidate": "pixels"} | changes))
         return self.sealed(TrainRequest(**fields), {"vector": a_head("pixels") if vector is None else vector})
 
     def evaluate(self, request_id: str = "evaluation/1", vector: AnyArray | None = None, **changes: Any) -> Envelope:

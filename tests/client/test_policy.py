@@ -97,6 +97,12 @@ def test_a_candidate_of_unknown_licence_is_not_allowed_where_licences_are_named(
     assert verdict(a_policy(licences=["MIT"]), plan) == Denial(("licences: not allowed at this site: new (unknown)",))
 
 
+def test_the_licence_of_a_candidate_that_is_still_to_come_is_looked_at_when_it_is_here() -> None:
+    plan, policy = a_plan(candidates=[{"name": "new"}, {"name": "vit"}]), a_policy(licences=["MIT"])
+    assert isinstance(admit_plan(policy, plan, (), KEY, {"vit": "MIT"}, unseen={"new"}), Grant)
+    assert isinstance(admit_plan(policy, plan, (), KEY, {"vit": "Apache-2.0"}, unseen={"new"}), Denial)
+
+
 def test_a_confusion_matrix_leaves_only_where_the_policy_lets_it() -> None:
     policy = a_policy(metrics=["accuracy"])
     assert isinstance(verdict(policy, a_plan()), Denial)

@@ -3,6 +3,7 @@
 import base64
 import importlib
 import logging.handlers
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.client.clinic import CANARY, NAME, NUM_RECORDS, Clinic, a_head, a_plan, a_signer, write_config
+from tests.client.clinic import CANARY, CANDIDATES, NAME, NUM_RECORDS, Clinic, a_head, a_plan, a_signer, write_config
 from urna.client.ledger import Ledger
 from urna.client.policy import admit_release
 from urna.client.site import Site, failure_code, open_site
 from urna.client.vault import create_keys
-from urna.models.loading import Backbone, load_backbone
+from urna.models.catalogue import cache_root
+from urna.models.loading import WEIGHTS_FILE, Backbone, artefact_sha256, load_backbone
 from urna.privacy.accounting import epsilon_of, gaussian, subsampled_gaussian
 from urna.protocol.errors import FailureCode, LedgerError, ModelError, ProtocolError, SiteConfigError
 from urna.protocol.identity import Identity
@@ -150,7 +152,7 @@ def test_a_missing_model_is_refused_at_hello_with_its_name(
     request = clinic.hello_request()
     monkeypatch.setenv("URNA_CACHE_DIR", str(tmp_path / "empty"))
     assert refused(clinic.ask(request)) == "; ".join(
-        f"model {one}: not installed at this site" for one in ("pixels", "autoencoder")
+        f"model {one}: {site_module.NOT_INSTALLED}" for one in ("pixels", "autoencoder")
     )
 
 
@@ -332,7 +334,7 @@ def test_a_missing_head_is_refused(clinic: Clinic) -> None:
 def test_a_hello_with_hashes_of_more_than_the_plans_candidates_is_refused(clinic: Clinic) -> None:
     """The policy allows the plan's candidates; a hello that lists more hashes must not add to them."""
     clinic.plan = a_plan(candidates=[{"name": "pixels"}])
-    models = {one: site_module.artefact_sha256(one) for one in ("pixels", "autoencoder")}
+    models = {one: artefact_sha256(one) for one in ("pixels", "autoencoder")}
     assert code(clinic.ask(clinic.hello_request(models=models))) == FailureCode.BAD_REQUEST
     assert clinic.site.ledger.campaign(clinic.campaign) is None
 
@@ -354,6 +356,20 @@ def test_a_candidate_outside_the_plan_is_refused(clinic: Clinic) -> None:
         assert code(clinic.ask(request)) == FailureCode.BAD_REQUEST
     assert clinic.log().count("expected candidates of the plan, found autoencoder") == 3
     assert num_releases(clinic) == 0
+
+
+@pytest.mark.parametrize("stage", ["runoff", "final"])
+@pytest.mark.parametrize("noise", ["shared", "local"])
+def test_a_round_after_the_plans_last_is_refused_before_it_costs_anything(clinic: Clinic, stage: str, noise: str) -> None:
+    """By a linear schedule its rate would be zero, then negative: gradient ascent at every site."""
+    final = {"num_rounds": 4, "schedule": "linear", "local_steps": 2 if noise == "local" else 1}
+    clinic.plan = a_plan(privacy={"noise": noise}, runoff={"num_rounds": 2}, final=final)
+    last = {"runoff": 2, "final": 4}[stage]
+    for index in (last + 1, 2 * last, 10_000):
+        assert code(clinic.ask(clinic.train(f"{stage}/{index}", stage=stage, index=index))) == FailureCode.BAD_REQUEST
+    assert clinic.log().count(f"expected {stage} round {last} or an earlier one, found ") == 3
+    assert num_releases(clinic) == 0
+    assert isinstance(clinic.ask(clinic.train(f"{stage}/{last}", stage=stage, index=last)), Masked)
 
 
 # ---- reserve, do, settle
@@ -422,6 +438,79 @@ def test_resend_same_bytes_spends_once(clinic: Clinic, work: str) -> None:
     assert same(clinic.site.handle(request)) == first
     assert same(clinic.reopened().site.handle(request)) == first
     assert num_releases(clinic) == 1
+
+
+@pytest.fixture
+def own_cache(clinic: Clinic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The clinic's artefacts, to be damaged."""
+    clinic.hello()
+    for name in CANDIDATES:
+        shutil.copytree(cache_root() / name, tmp_path / "cache" / "models" / name)
+    monkeypatch.setenv("URNA_CACHE_DIR", str(tmp_path / "cache"))
+    return cache_root()
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "no file"])
+@pytest.mark.parametrize("work", WORK)
+def test_damaged_weights_behind_a_good_manifest_spend_nothing(
+    clinic: Clinic, own_cache: Path, monkeypatch: pytest.MonkeyPatch, work: str, damage: str
+) -> None:
+    request, weights = WORK[work][1](clinic), own_cache / "pixels" / WEIGHTS_FILE
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4] + b"\0\0\1\0") if damage == "other bytes" else weights.unlink()
+    spy = Spy(monkeypatch)
+    for _ in range(2):
+        assert code(clinic.ask(request)) == FailureCode.MODEL
+    assert "as the hello pinned it" not in clinic.log()  # the manifest is as it was
+    assert spy.calls == []
+    assert num_releases(clinic) == 0
+    weights.write_bytes(whole)  # the very same request is answered once they are whole again
+    assert isinstance(clinic.ask(request), Masked)
+    assert num_releases(clinic) == 1
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_a_release_that_was_answered_needs_no_weights_to_be_repeated(clinic: Clinic, own_cache: Path, work: str) -> None:
+    request = WORK[work][1](clinic)
+    first = same(clinic.site.handle(request))
+    for name in CANDIDATES:
+        shutil.rmtree(own_cache / name)
+    assert same(clinic.reopened().site.handle(request)) == first
+
+
+@pytest.mark.parametrize("work", ["train", "evaluate"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_candidate_that_no_engine_serves_spends_nothing(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch, tuning: str, work: str
+) -> None:
+    """The preflight comes before the reservation."""
+    clinic.plan = a_plan(final={"tuning": tuning, "lora_rank": 1})
+    vector = np.zeros(work_module.size_of("autoencoder", clinic.plan), np.float32)
+    if work == "train":
+        request = clinic.train(candidate="autoencoder", vector=vector, step_exp=-20)
+    else:
+        request = clinic.evaluate(candidates=("autoencoder",), vector=vector)
+    prepared, spy = importlib.import_module("urna.models.prepared"), Spy(monkeypatch)
+
+    def none_passes(*_: object, **__: object) -> None:
+        raise ModelError(f"expected an engine, found none for {CANARY}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "choose", none_passes)
+        assert code(clinic.ask(request)) == FailureCode.MODEL
+    assert spy.calls == []
+    assert num_releases(clinic) == 0
+    assert f"found none for {CANARY}" in clinic.log()
+    assert isinstance(clinic.ask(request), Masked)
+    assert num_releases(clinic) == 1
+
+
+def test_what_the_policy_refuses_is_not_prepared(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for more than is left makes no site load models."""
+    request, loaded = clinic.ballot(noise_multiplier=0.5), []
+    monkeypatch.setattr(work_module.Workbench, "ready", lambda *_: loaded.append(1))
+    assert refused(clinic.ask(request)).startswith("budget: ")
+    assert loaded == []
 
 
 def test_replay_with_changed_content_refused(clinic: Clinic) -> None:
@@ -611,7 +700,7 @@ def test_a_site_without_records_answers_in_the_same_format(clinic: Clinic) -> No
 STEPS: list[tuple[str, str]] = [
     ("open_request", "hello"),
     ("admit_plan", "hello"),
-    ("artefact_sha256", "hello"),
+    ("is_intact", "hello"),
     ("Ledger.campaign", "hello"),
     ("Ledger.join", "hello"),
     ("Ledger.rows", "hello"),

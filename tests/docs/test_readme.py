@@ -66,7 +66,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, (command, result.stdout, result.stderr)
         ran += 1
-    assert ran == 7
+    assert ran == 8
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
 
 

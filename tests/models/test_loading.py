@@ -56,9 +56,27 @@ def test_a_record_has_the_same_features_alone_and_in_company(
     backbone = load_backbone(name, root=artefacts)
     images = np.random.default_rng(0).random((7, 8, 8))
     together = backbone.features(images)
-    monkeypatch.setattr(loading, "BATCH_SIZE", 3)
+    np.testing.assert_array_equal(backbone.features(images[4:5]), together[4:5])  # bit for bit: see `models/parts.py`
+    monkeypatch.setattr(loading, "SLOTS", 3)
     np.testing.assert_allclose(backbone.features(images), together, atol=1e-5)
-    np.testing.assert_allclose(backbone.features(images[4:5]), together[4:5], atol=1e-5)
+
+
+def test_a_record_whose_features_are_not_finite_has_zeros_and_tells_nobody(
+    artefacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone("mlp", root=artefacts)
+    images = np.random.default_rng(0).random((4, 8, 8))
+    expected = backbone.features(images)
+    whole = backbone.module.forward
+
+    def breaks_for_one(images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = whole(images).clone()
+        features[2, 5] = torch.inf
+        return features
+
+    monkeypatch.setattr(backbone.module, "forward", breaks_for_one)
+    expected[2] = 0.0
+    np.testing.assert_array_equal(backbone.features(images), expected)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -198,3 +216,50 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
     assert cache_root() == Path("/c/.cache/urna/models")
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_batch_is_what_the_module_takes(artefacts: Path, name: str) -> None:
+    backbone = load_backbone(name, root=artefacts)
+    batch = backbone.batch(np.random.default_rng(0).random((3, 16, 16)))
+    raw = backbone.module(**batch)
+    expected = backbone.features(np.random.default_rng(0).random((3, 16, 16)))
+    np.testing.assert_allclose((raw - backbone.feature_mean) * backbone.feature_scale, expected, atol=1e-5)
+
+
+def test_synthetic_inputs_are_images_that_differ_and_are_the_same_for_a_seed(artefacts: Path) -> None:
+    backbone = load_backbone("cnn", root=artefacts)
+    one, again, other = (backbone.synthetic(6, seed)["images"] for seed in (1, 1, 2))
+    assert one.shape == (6, 1, 8, 8)
+    assert one.dtype == torch.float32
+    assert 0.0 <= float(one.min()) < 0.1 < 0.9 < float(one.max()) <= 1.0
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert len(torch.unique(one.flatten(1), dim=0)) == 6
+    assert backbone.module(**backbone.synthetic(0, 1)).shape == (0, 64)
+
+
+def test_texts_are_no_images(artefacts: Path) -> None:
+    with pytest.raises(ModelError, match="expected images, found list"):
+        load_backbone("cnn", root=artefacts).features(["a text"])
+
+
+def test_a_device_is_one_that_this_machine_has(artefacts: Path) -> None:
+    backbone = load_backbone("cnn", root=artefacts)
+    images = np.random.default_rng(0).random((3, 8, 8))
+    np.testing.assert_allclose(backbone.features(images, device="auto"), backbone.features(images), atol=1e-4)
+    assert next(backbone.module.parameters()).device.type == "cpu"
+    with pytest.raises(ModelError, match="device must be auto, cpu or cuda, found 'tpu'"):
+        backbone.features(images, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="needs a CUDA device, found none"):
+            backbone.features(images, device="cuda")
+
+
+def test_the_pinned_files_of_a_built_in_candidate_are_its_weights(mine: Path) -> None:
+    pinned = artefact_sha256("cnn", mine)
+    files = loading.read_artefact("cnn", pinned, mine)
+    assert files == {"model.safetensors": (mine / "cnn" / "model.safetensors").read_bytes()}
+    assert loading.load_backbone_folder("cnn", mine / "cnn", pinned).sha256 == pinned
+    with pytest.raises(ModelError, match="must have sha256"):
+        loading.read_artefact("cnn", "0" * 64, mine)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -185,7 +186,9 @@ def test_every_draw_takes_a_fresh_key_of_the_operating_system(monkeypatch: pytes
     monkeypatch.setattr(os, "urandom", urandom)
     assert random_bytes(64) != random_bytes(64)
     standard_normal(10)
-    assert asked == [32] * 4  # 256 bits; radius and angle are of two keys
+    assert asked == [32] * 3  # 256 bits
+    integer_noise(5 * mechanisms.NORMAL_BLOCK, 100.0)
+    assert asked == [32] * 4  # once, and no part of its stream is used again: see the known answer
 
 
 def test_random_bytes_are_uniform() -> None:
@@ -206,7 +209,81 @@ def test_uniform_numbers_are_uniform() -> None:
 def test_uniform_numbers_are_never_zero_or_one(byte: bytes, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanisms, "random_bytes", lambda size: byte * size)
     assert uniform(2).tolist() == [expected] * 2
-    assert np.isfinite(standard_normal(3)).all()
+
+
+class Constant:
+    """A cipher whose stream is one byte, for ever."""
+
+    def __init__(self, byte: bytes) -> None:
+        self.byte = byte
+
+    def update_into(self, data: memoryview, out: bytearray) -> int:
+        out[: len(data)] = self.byte * len(data)
+        return len(data)
+
+
+@pytest.mark.parametrize("byte", [b"\x00", b"\xff", b"\x7f", b"\x80"])
+def test_no_bits_give_a_number_that_is_not_finite_or_beyond_the_documented_tail(
+    byte: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mechanisms, "counter_mode", lambda _: Constant(byte))
+    assert np.abs(standard_normal(5)).max() <= math.sqrt(-2 * math.log(2.0**-53)) < 8.6  # false for NaN, too
+
+
+def box_muller(key: bytes, size: int, block: int) -> list[float]:
+    """From the same bits with 40 digits, by cosine and sine: an independent computation."""
+    words = np.frombuffer(counter_blocks(key, 2, size + 1), "<u8").tolist()
+    normal: list[float] = []
+    with mpmath.workdps(40):
+        while len(normal) < size:
+            pairs = min(block, (size - len(normal) + 1) // 2)
+            uniforms = [(mpmath.mpf(word >> 12) + 0.5) / 2**52 for word in words[: 2 * pairs]]
+            words = words[2 * pairs :]
+            radii = [mpmath.sqrt(-2 * mpmath.log(one)) for one in uniforms[:pairs]]
+            angles = [2 * mpmath.pi * (one - 0.5) for one in uniforms[pairs:]]
+            normal += [float(r * mpmath.cos(a)) for r, a in zip(radii, angles, strict=True)]
+            normal += [float(r * mpmath.sin(a)) for r, a in zip(radii, angles, strict=True)]
+    return normal[:size]
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 32, 333])
+def test_normal_numbers_are_those_of_cosine_and_sine_whatever_the_blocks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mechanisms, "NORMAL_BLOCK", 8)
+    monkeypatch.setattr(os, "urandom", lambda _: NIST_KEY)
+    expected = box_muller(NIST_KEY, size, 8)
+    np.testing.assert_allclose(standard_normal(size), expected, rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(integer_noise(size, 1e4), np.rint(standard_normal(size) * 1e4))
+
+
+def test_normal_numbers_are_fresh_after_fork() -> None:
+    """Parent and two children, each with blocks of before behind them."""
+    standard_normal(10)
+    drawn = [standard_normal(64).tobytes()]
+    for _ in range(2):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writing, standard_normal(64).tobytes())
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            drawn.append(pipe.read())
+        os.waitpid(child, 0)
+    drawn.append(standard_normal(64).tobytes())
+    assert [len(one) for one in drawn] == [8 * 64] * 4
+    assert len(set(drawn)) == 4
+
+
+@pytest.mark.parametrize("draw", [standard_normal, lambda size: integer_noise(size, 1e5)], ids=["normal", "integers"])
+def test_noise_for_a_large_model_takes_no_memory_beside_its_result(draw: Callable[[int], NDArray[np.generic]]) -> None:
+    draw(10)
+    tracemalloc.start()
+    try:
+        result = draw(4_000_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert result.nbytes <= peak < result.nbytes + 1_000_000
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.25, 0.5, 0.99])

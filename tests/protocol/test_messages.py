@@ -45,6 +45,8 @@ from urna.protocol.messages import (
     TrainRequest,
     Unmasked,
     UnmaskRequest,
+    WeightsReply,
+    WeightsRequest,
     from_record,
     open_reply,
     open_request,
@@ -109,9 +111,15 @@ REQUESTS: list[AnyRequest] = [
     UnmaskRequest(campaign="c", plan_sha256=SHA, request_id="c/b/u", stage="ballot", round_id="c/b", alive=("site-1",)),
     AbortRequest(campaign="c", plan_sha256=SHA, request_id="c/b/a", stage="ballot", round_id="c/b"),
     CloseRequest(campaign="c", plan_sha256=SHA, request_id="c/z", stage="close", audits=AUDITS),
+    WeightsRequest(
+        campaign="c", plan_sha256=SHA, request_id="c/weights/cnn/0/7", candidate="cnn", file="model.safetensors", sha256=SHA,
+        size=9, offset=7,
+    ),
 ]  # fmt: skip
 REPLIES: list[AnyReply] = [
     HelloReply(request_sha256=REQUEST.sha256, urna_version="0.1", member=MEMBER),
+    HelloReply(request_sha256=REQUEST.sha256, urna_version="0.1", member=MEMBER, lacks=("cnn",)),
+    WeightsReply(request_sha256=REQUEST.sha256, received=9, complete=True),
     Pending(request_sha256=REQUEST.sha256),
     Masked(request_sha256=REQUEST.sha256),
     Unmasked(request_sha256=REQUEST.sha256, answer=ANSWER),

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from urna.protocol.errors import PlanError, SiteConfigError
-from urna.protocol.plan import PLAN_LIMIT_BYTES, Plan, load_plan, parse_plan, read_text
+from urna.protocol.plan import PLAN_LIMIT_BYTES, Final, Plan, explain, load_plan, parse_plan, read_text
 
 DIGITS = (Path(__file__).parents[2] / "plans" / "digits.toml").read_text("utf-8")
 PLAN = parse_plan(DIGITS)
@@ -521,3 +522,79 @@ def test_with_local_noise_no_two_honest_sites_are_asked_for() -> None:
     plan = of_sites(2, privacy={"noise": "local", "max_colluding_sites": 9})
     assert plan.quorum(3).num_colluding == 1
     assert plan.noise_parties(3) == 1
+
+
+LOCAL = {"noise": "local"}
+
+
+@pytest.mark.parametrize(
+    ("privacy", "final", "message"),
+    [
+        ({}, {"local_optimizer": "adam"}, "final.local_optimizer and final.local_weight_decay are of local steps, and"),
+        ({}, {"local_weight_decay": 0.1}, 'choose final.optimizer, or noise = "local"'),
+        (LOCAL, {"local_weight_decay": 0.1}, 'final.local_weight_decay is of final.local_optimizer = "adamw", found "sgd"'),
+        (LOCAL, {"local_optimizer": "rmsprop"}, "final.local_optimizer: input should be 'sgd', 'momentum', 'adam' or 'adamw'"),
+        ({}, {"tuning": "lorra"}, "final.tuning: input should be 'head', 'lora' or 'full', found 'lorra'"),
+        ({}, {"lora_rank": 0}, "final.lora_rank: input should be greater than or equal to 1, found 0"),
+        ({}, {"lora_rank": 257}, "final.lora_rank: input should be less than or equal to 256, found 257"),
+        ({}, {"warmup_fraction": 1.0}, "final.warmup_fraction: input should be less than 1, found 1.0"),
+        ({}, {"schedule": "step"}, "final.schedule: input should be 'constant', 'linear' or 'cosine', found 'step'"),
+    ],
+)
+def test_a_way_of_tuning_that_does_not_exist_is_refused(
+    privacy: dict[str, object], final: dict[str, object], message: str
+) -> None:
+    document: dict[str, Any] = tomllib.loads(DIGITS)
+    document["privacy"] |= privacy
+    document["final"] |= final
+    with pytest.raises(ValidationError) as caught:
+        Plan.model_validate(document)
+    assert message in explain(caught.value, Plan)
+
+
+@pytest.mark.parametrize("tuning", ["head", "lora", "full"])
+def test_every_way_of_tuning_is_a_plan_of_its_own(tuning: str) -> None:
+    document: dict[str, Any] = tomllib.loads(DIGITS)
+    document["final"]["tuning"] = tuning
+    plan = Plan.model_validate(document)
+    assert (plan.sha256 == PLAN.sha256) == (tuning == "head")
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_the_embedded_sites_hold_no_texts() -> None:
+    message = error_of(changed("modality", '"text"'))
+    assert message.startswith(
+        'federation.virtual has images of digits only, found task.modality = "text": take the section out'
+    )
+
+
+def test_the_example_of_texts_is_read() -> None:
+    plan = load_plan(Path(__file__).parents[2] / "plans" / "notes-lora.toml")
+    assert (plan.task.modality, plan.final.tuning, plan.final.local_optimizer) == ("text", "lora", "adamw")
+    assert plan.final.learning_rate_factor(1) < plan.final.learning_rate_factor(2) > plan.final.learning_rate_factor(20, 9) > 0
+
+
+SCHEDULES: list[dict[str, Any]] = [
+    {"schedule": schedule, "warmup_fraction": warmup, "num_rounds": rounds, "local_steps": steps}
+    for schedule in ("constant", "linear", "cosine")
+    for warmup in (0.0, 0.3, math.nextafter(1, 0))
+    for rounds, steps in ((1, 1), (10, 3), (10_000, 10_000))
+]
+
+
+@pytest.mark.parametrize("final", SCHEDULES, ids=str)
+def test_no_round_or_step_makes_a_rate_that_is_zero_negative_or_above_its_value(final: dict[str, Any]) -> None:
+    """A factor below zero would be gradient ascent at every site; a request's index may be any number up to 10,000."""
+    found = Final(sample_rate=0.5, learning_rate=0.1, **final)
+    for index in (-5, 0, 1, 2, found.num_rounds, found.num_rounds + 1, 2 * found.num_rounds, 10_000):
+        for step in (-1, 0, found.local_steps - 1, found.local_steps, 10**9):
+            assert 0 < found.learning_rate_factor(index, step) <= 1
+    last = found.learning_rate_factor(found.num_rounds, found.local_steps - 1)
+    assert found.learning_rate_factor(found.num_rounds + 7) == last
+
+
+@pytest.mark.parametrize(("runoff", "final", "expected"), [(10, 4, 4), (2, 4, 2), (4, 4, 4)])
+def test_a_runoff_is_never_longer_than_the_fine_tune(runoff: int, final: int, expected: int) -> None:
+    document: dict[str, Any] = tomllib.loads(DIGITS)
+    document["runoff"], document["final"]["num_rounds"] = {"num_rounds": runoff}, final
+    assert Plan.model_validate(document).num_runoff_rounds == expected

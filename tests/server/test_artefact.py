@@ -20,8 +20,10 @@ from urna.models.pretrain import pretrain
 from urna.models.tuning import normalise_for_head, predict_logits, trainable_size
 from urna.protocol.errors import BadInputError, ModelError, RunError
 from urna.protocol.plan import parse_plan
-from urna.server.artefact import CONFIG_FILE, HEAD_FILE, MODEL_DIR, load_model, read_images, write_model
+from urna.server.artefact import CONFIG_FILE, MODEL_DIR, load_model, write_model
+from urna.server.inputs import read_images
 from urna.server.journal import Journal, begin
+from urna.server.model_config import HEAD_FILE
 
 PLAN = """
 name = "digits"
@@ -120,6 +122,19 @@ def test_the_model_card_states_privacy_accuracy_and_limits(finished: Path) -> No
         assert words in body
 
 
+def test_the_model_card_of_a_plan_without_a_confusion_matrix_has_its_accuracy(tmp_path: Path) -> None:
+    begin(tmp_path / "run-9", parse_plan(f"{PLAN}evaluation = {{ confusion = false }}\n"), engine="memory")
+    journal = Journal.open_for_writing(tmp_path / "run-9")
+    journal.record("models", {"cnn": artefact_sha256("cnn")})
+    journal.record("model", {"candidate": "cnn", "steps": 40}, {"vector": VECTOR})
+    counts = {"num_records": 340.0, "accuracy": [0.955], "accuracy_stderr": [0.015], "confusion": None}
+    journal.record("counts/final", counts | {"candidates": ["cnn"], "confusion_noise_std": 4.0})
+    journal.close()
+    card = (write_model(tmp_path / "run-9") / "README.md").read_text()
+    assert "| accuracy | 95.5 % ± 1.5 |" in card
+    assert "macro F1" not in card
+
+
 def test_a_run_without_a_model_says_what_to_do(tmp_path: Path) -> None:
     begin(tmp_path / "run-8", parse_plan(PLAN), engine="memory")
     with pytest.raises(RunError, match="has no model yet, it is running or stopped at stage hello: wait, or `urna resume"):
@@ -201,10 +216,10 @@ def test_a_truncated_head_is_one_line(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"candidate": "resnet"}, "no candidate is called 'resnet'"),
+        ({"candidate": "resnet"}, "urna-model-1 is of heads on built-in candidates"),
         ({"candidate": "../cnn"}, "must be the configuration of a model, found candidate"),
         ({"head_sha256": "no"}, "must be the configuration of a model, found head_sha256"),
-        ({"format": "urna-model-2"}, "must be the configuration of a model, found format"),
+        ({"format": "urna-model-3"}, "must be the configuration of a model, found format"),
         ({"extra": 1}, "must be the configuration of a model, found extra"),
         ({"head_feature_norm": 4.0}, "cnn must be .* in this version of urna"),
         ({"feature_dim": 10_000_000}, "cnn must be .* in this version of urna"),
@@ -313,9 +328,9 @@ def test_a_largest_grey_value_that_is_none_is_refused(tmp_path: Path, max_value:
 
 
 def test_too_many_rows_are_refused_before_they_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("urna.server.artefact.ROWS_LIMIT", 3)
+    monkeypatch.setattr("urna.server.inputs.ROWS_LIMIT", 3)
     with pytest.raises(BadInputError, match="at most 3 rows are read at once"):
         read_images(write_csv(tmp_path / "a.csv", ["p"], [[0]] * 4))
-    monkeypatch.setattr("urna.server.artefact.INPUT_LIMIT_BYTES", 5)
+    monkeypatch.setattr("urna.server.inputs.INPUT_LIMIT_BYTES", 5)
     with pytest.raises(BadInputError, match="must have at most 5 bytes"):
         read_images(tmp_path / "a.csv")

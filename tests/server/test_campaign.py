@@ -1,10 +1,12 @@
 """Whole campaigns in memory: the story, its budget, its faults, its resumption."""
 
+import importlib
 import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,9 @@ from urna.protocol.sealing import Parcel
 from urna.server.campaign import curve_points
 from urna.server.journal import Journal
 from urna.server.prose import max_training_rounds, plan_in_words
+from urna.server.stages import Stages
+
+campaign_module: Any = importlib.import_module("urna.server.campaign")
 
 PLAN = Path(__file__).parents[2] / "plans" / "digits.toml"
 NAMES = ("pixels", "pca", "cnn")
@@ -261,6 +266,37 @@ def check_wire(wire: list[Envelope]) -> None:
     assert all(len(shown) == 1 for shown in lists.values())
     assert answers
     assert all(len(found) == 1 for found in answers.values())
+
+
+def test_a_resumed_campaign_keeps_its_shortlist_whatever_a_second_preflight_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small(names=("autoencoder", "cnn"), num_curve_points=0)
+    document = plan.model_dump()
+    document["final"] |= {"tuning": "full"}
+    document["shortlist"]["max_noise_to_signal"] = 1000.0
+    federation = Federation(tmp_path / "run-1", Plan.model_validate(document), keeps_wire=False)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, "ballot", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            federation.run()
+    asked: list[object] = []
+
+    def otherwise(*_: object) -> dict[str, object]:
+        asked.append(1)
+        return {}
+
+    monkeypatch.setattr(campaign_module, "trained_sizes", otherwise)
+    monkeypatch.setattr(Stages, "ballot", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run()
+    assert asked == []
+    kinds = [entry.key for entry in entries(federation.run_dir)]
+    assert (kinds.count("shortlist"), kinds.count("tuning")) == (1, 1)
 
 
 def test_two_processes_never_run_one_journal(tmp_path: Path) -> None:

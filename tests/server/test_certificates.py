@@ -237,8 +237,7 @@ def test_an_altered_request_is_refused_or_asks_for_the_same_key(at: int, byte: i
 
     text = f"-----BEGIN CERTIFICATE REQUEST-----\n{base64.b64encode(der).decode()}\n-----END CERTIFICATE REQUEST-----\n"
     try:
-        assert requested_key(text) == key.public_key()
-        assert byte == was
+        assert requested_key(text) == key.public_key()  # OpenSSL lets the number of a signature's unused bits be another
     except ValueError:
         assert byte != was
     with pytest.raises(ValueError, match="expected a certificate request"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import folders
 from urna.models.loading import cache_root
 
 ROOT = Path(__file__).parents[2]
@@ -117,7 +118,20 @@ def test_a_plan_in_words_says_what_leaves_how_often_and_at_which_cost(tmp_path: 
 
 @pytest.mark.parametrize(
     "command",
-    ["", "plan", "plan check", "run", "resume", "status", "report", "predict", "monitor", "models list", "models pretrain"],
+    [
+        "",
+        "plan",
+        "plan check",
+        "run",
+        "resume",
+        "status",
+        "report",
+        "predict",
+        "monitor",
+        "models list",
+        "models pretrain",
+        "models add",
+    ],
 )
 def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
     result = urna(*command.split(), "--help", cwd=tmp_path)
@@ -144,3 +158,86 @@ def test_a_federation_without_keys_or_roster_is_one_line_and_nothing_is_left(
     (tmp_path / "plan.toml").write_text(PLAN.read_text())
     refused(urna("run", "plan.toml", "--federation", "nowhere", "--name", "x", *options, cwd=tmp_path), part)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
+# --- candidates
+
+
+ABOUT = ("--licence", "MIT", "--pretrained-on", "nothing")
+
+
+@pytest.fixture(scope="module")
+def with_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with a tiny model of texts, added as a person would."""
+    cache = tmp_path_factory.mktemp("tiny")
+    source = folders.bert(cache / "source")
+    (cache / "public.txt").write_text("the dog runs\na cat sleeps\nshe runs fast\n")
+    options = ("--summary", "A test.", "--max-tokens", "9", "--centre-on", "public.txt")
+    result = urna("models", "add", "tiny", source, *ABOUT, *options, cwd=cache, environment={"URNA_CACHE_DIR": str(cache)})
+    assert result.returncode == 0, result
+    assert "tiny: bert, text, " in result.stdout
+    assert "no feature needs, so dropped: pooler.dense.bias, pooler.dense.weight" in result.stdout
+    return cache
+
+
+def test_an_added_model_is_listed_with_the_built_in_ones(with_tiny: Path) -> None:
+    result = urna("models", "list", cwd=with_tiny, environment={"URNA_CACHE_DIR": str(with_tiny)})
+    assert result.returncode == 0
+    assert "cnn           convolutional, image, 31,024 parameters, 64 features, Apache-2.0, not built" in result.stdout
+    assert "tiny          bert, text, 5,072 parameters, 16 features, MIT, installed " in result.stdout
+    assert "A test. Pretrained on nothing." in result.stdout
+
+
+def test_a_damaged_candidate_hides_no_other(with_tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_tiny / "models", tmp_path / "models")
+    shutil.copytree(tmp_path / "models" / "tiny", tmp_path / "models" / "spoilt")
+    result = urna("models", "list", cwd=tmp_path, environment={"URNA_CACHE_DIR": str(tmp_path)})
+    assert result.returncode == 0
+    assert "spoilt        cannot be read" in result.stdout
+    assert "must be of this name, found 'tiny'" in result.stdout
+    assert "tiny          bert" in result.stdout
+
+
+@pytest.mark.parametrize("tuning", ["head", "full"])
+def test_a_check_shows_every_trained_parameter_and_the_engine(with_tiny: Path, tuning: str) -> None:
+    result = urna(
+        *("models", "check", "tiny", "--tuning", tuning, "--num-classes", "3"),
+        cwd=with_tiny,
+        environment={"URNA_CACHE_DIR": str(with_tiny)},
+    )
+    assert result.returncode == 0, result
+    rows = {
+        "head": ["weight", "bias"],
+        "full": ["embeddings.word_embeddings.weight", "layer.1.output.LayerNorm.bias", "head.weight"],
+    }[tuning]
+    for part in (f"gradients of tuning {tuning} with 3 classes are sound", *rows, "norm error", "tolerance 0.001", "engine "):
+        assert part in result.stdout
+
+
+def test_a_check_of_changed_files_is_one_line(with_tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(with_tiny / "models", tmp_path / "models")
+    (tmp_path / "models" / "tiny" / "config.json").write_text("{}")
+    refused(urna("models", "check", "tiny", cwd=tmp_path, environment={"URNA_CACHE_DIR": str(tmp_path)}), "must have sha256")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("cnn", "source"), ("'cnn' is a built-in candidate",)),
+        (("new", "nowhere"), ("expected a folder with a model at nowhere, found nothing",)),
+        (("new", "source", "--hub", "owner/name"), ("expected a folder, or --hub with --revision",)),
+        (("new", "source", "--centre-on", "nowhere.txt"), ("nowhere.txt", "found nothing")),
+    ],
+)
+def test_a_bad_addition_is_one_line_and_nothing_is_added(
+    with_tiny: Path, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    before = sorted(with_tiny.rglob("*"))
+    environment = {"URNA_CACHE_DIR": str(with_tiny)}
+    refused(urna("models", "add", *arguments, *ABOUT, cwd=with_tiny, environment=environment), *parts)
+    assert sorted(with_tiny.rglob("*")) == before
+
+
+def test_an_installed_model_is_not_built(with_tiny: Path) -> None:
+    environment = {"URNA_CACHE_DIR": str(with_tiny)}
+    refused(urna("models", "pretrain", "tiny", cwd=with_tiny, environment=environment), "'tiny' was installed, not built here")

@@ -286,6 +286,82 @@ def test_final_counts_that_were_lost_are_not_made_up(tmp_path: Path) -> None:
     )
 
 
+def tuned(**changes: Any) -> Json:
+    """What a campaign of another mode than "head" records after its shortlist."""
+    fine = {"size": 1234, "reason": "", "engine": "hooks", "share_trained": 1.0, "notes": [], "fallbacks": []}
+    cnn = fine | {
+        "engine": "vmap",
+        "share_trained": 0.875,
+        "notes": ["batch norm 1 became group norm"],
+        "fallbacks": ["book-keeping cannot serve this model: a layer of no known kind"],
+    }
+    return {"mode": "full", "candidates": {"rff": fine, "cnn": cnn | changes}}
+
+
+def with_tuning(value: Json) -> dict[str, Json]:
+    """The run by hand, with one more entry at its place."""
+    facts: dict[str, Json] = {}
+    for key, one in facts_of_a_run().items():
+        facts |= {key: one} | ({"tuning": value} if key == "shortlist" else {})
+    return facts
+
+
+def test_engine_repairs_and_fallbacks_of_the_winner_are_said_in_report_page_and_log(tmp_path: Path) -> None:
+    run_dir = recorded(
+        tmp_path / "run-7", with_tuning(tuned()), parse_plan(PLAN.replace("[final]", '[final]\ntuning = "full"'))
+    )
+    page = Page(write_report(run_dir).read_text()).text
+    for words in (
+        "cnn, mode full: 1,234 numbers were trained, 87.5% of what the mode trains.",
+        "Engine of per-example gradients: vmap, by the operator's preflight.",
+        "Repair: batch norm 1 became group norm.",
+        "Fallback: book-keeping cannot serve this model: a layer of no known kind.",
+    ):
+        assert words in page
+    found = json.loads((run_dir / JSON_FILE).read_text())["preparation"]
+    assert found == {"mode": "full", "numbers": 1234} | {
+        key: value for key, value in tuned()["candidates"]["cnn"].items() if key not in ("size", "reason")
+    }
+    lines = describe(entries(run_dir), parse_plan(PLAN)).lines
+    assert "preflight: rff is trained by hooks" in lines
+    assert "preflight: cnn is trained by vmap; book-keeping cannot serve this model: a layer of no known kind" in lines
+
+
+def test_a_head_has_no_engine_to_speak_of(run_dir: Path) -> None:
+    assert read_report(run_dir).preparation is None
+    assert "preflight" not in Page(write_report(run_dir).read_text()).text
+
+
+@pytest.mark.parametrize("last", ["shortlist", "tuning", "round/ballot/1", "decision"])
+def test_before_the_decision_there_is_no_winners_engine(tmp_path: Path, last: str) -> None:
+    facts = with_tuning(tuned())
+    kept = list(facts)[: list(facts).index(last) + 1]
+    report = read_report(recorded(tmp_path / "run-7", {key: facts[key] for key in kept}))
+    assert (report.preparation is not None) == (last == "decision")
+    assert headline(report).startswith("Not finished: running or stopped at stage ")
+    assert last != "tuning" or report.state.endswith("stage shortlist")
+    assert "Not finished" in Page(render(report)).text
+
+
+def test_hostile_reasons_of_a_preflight_are_escaped(tmp_path: Path) -> None:
+    """Notes and fallbacks quote names of modules, which come from a model's own files."""
+    value = tuned(notes=[HOSTILE], fallbacks=[HOSTILE], engine=HOSTILE)
+    page = Page(render(read_report(recorded(tmp_path / "run-7", with_tuning(value)))))
+    assert not {"script", "img"} & set(page.tags)
+    assert page.text.count("alert(1)") == 3
+
+
+def test_a_plan_without_a_confusion_matrix_has_a_report(tmp_path: Path) -> None:
+    plan = parse_plan(PLAN.replace("num_curve_points = 1", "num_curve_points = 1\nconfusion = false"))
+    facts = facts_of_a_run() | {"counts/final": counts(["cnn"], [0.955])}
+    report = read_report(recorded(tmp_path / "run-7", facts, plan))
+    assert (report.accuracy, report.macro_f1, report.confusion) == (0.955, None, None)
+    assert [one.numbers for one in report.left][-1] == 2
+    text = Page(render(report)).text
+    assert "95.5 % ± 1.5" in text
+    assert "macro F1" not in text
+
+
 def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     facts = facts_of_a_run()
     facts["hello"]["others"] = {HOSTILE: f"refused: {HOSTILE}"}

@@ -393,7 +393,7 @@ def leaks(wire: Iterable[Envelope], numbers: set[int]) -> set[str]:
 
 def _in_json(item: object, numbers: set[int]) -> set[str]:
     if isinstance(item, dict):
-        names = {f"name {key}" for key in item if re.search(r"num.?examples|num.?samples|weight(?!ed)", str(key))}
+        names = {f"name {key}" for key in item if re.search(r"num.?examples|num.?samples|weight(?!ed|_decay)", str(key))}
         return names.union(*(_in_json(one, numbers) for one in [*item.values(), *item]))
     if isinstance(item, list):
         return set().union(*(_in_json(one, numbers) for one in item))

@@ -124,3 +124,13 @@ def test_a_rule_with_too_few_sites_is_refused(rule: str) -> None:
     final = a_final(aggregation=rule, num_malicious_sites=2)
     with pytest.raises(ValueError, match=f"expected at least {final.min_robust_sites} sites for '{rule}', found 4"):
         combine(honest(4), final)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_schedule_scales_the_rate_and_nothing_else(optimizer: str) -> None:
+    gradient = np.random.default_rng(3).normal(size=SIZE)
+    plan = {"num_rounds": 1, "sample_rate": 0.5, "optimizer": optimizer}
+    scheduled = apply(OptimizerState.start(SIZE), gradient, Final(**plan, learning_rate=0.2), 0.25)
+    lower = apply(OptimizerState.start(SIZE), gradient, Final(**plan, learning_rate=0.05))
+    np.testing.assert_allclose(scheduled.vector, lower.vector, rtol=1e-12)
+    np.testing.assert_allclose(scheduled.first, lower.first, rtol=1e-12)

@@ -143,3 +143,11 @@ def test_the_same_counts_give_the_same_scores() -> None:
 def test_counts_without_a_matrix_are_refused() -> None:
     with pytest.raises(ValueError, match="expected counts with a confusion matrix, found none"):
         scores(Counts(100.0, np.array([0.9]), np.array([0.01]), None, 1.0))
+
+
+def test_errors_that_are_all_believed_leave_no_negative_cell() -> None:
+    """The rest is then 0 up to a rounding error, of either sign; draws as of a binary task with 36 held-out records."""
+    generator = np.random.default_rng(0)
+    for _ in range(4000):
+        cells = generator.multinomial(36, generator.dirichlet([0.3] * 4)).reshape(2, 2).astype(np.float64)
+        assert (estimated_confusion(noisy_counts(cells, float(generator.choice([1, 3, 8])), generator)) >= 0).all()

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+import urna.strategies.shortlist
 from urna.models.catalogue import CATALOGUE, CandidateSpec
 from urna.protocol.plan import Plan
-from urna.strategies.shortlist import Shortlisted, shortlist
+from urna.strategies.shortlist import Shortlisted, shortlist, trained_sizes
 
 PLAN: dict[str, Any] = {
     "name": "any",
@@ -25,7 +26,8 @@ def a_plan(**sections: dict[str, Any]) -> Plan:
 
 
 def judge(candidate: CandidateSpec, multiplier: float = 1.0, plan: Plan | None = None) -> Shortlisted:
-    return shortlist(plan or a_plan(), [candidate], multiplier)[0]
+    plan = plan or a_plan()
+    return shortlist(plan, [candidate], multiplier, trained_sizes(plan, [candidate]))[0]
 
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {
@@ -72,4 +74,13 @@ def test_limits_themselves_are_allowed() -> None:
 
 def test_the_plans_order_stays() -> None:
     some = [CATALOGUE[name] for name in ("vit", "pixels", "cnn")]
-    assert [one.name for one in shortlist(a_plan(), some, 1.0)] == ["vit", "pixels", "cnn"]
+    assert [one.name for one in shortlist(a_plan(), some, 1.0, trained_sizes(a_plan(), some))] == ["vit", "pixels", "cnn"]
+
+
+def test_no_weights_are_read_of_a_candidate_that_the_catalogue_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urna.strategies.shortlist, "try_trained_size", lambda *_: pytest.fail("a model was read"))
+    plan = a_plan(final={"tuning": "full"})
+    for change, reason in RULES.values():
+        dropped = dataclasses.replace(FINE, **change)
+        assert trained_sizes(plan, [dropped]) == {}
+        assert judge(dropped, plan=plan).reasons == (reason,)

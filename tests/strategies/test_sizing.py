@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 
 from tests.simulator import small
+from urna.client.optimizers import LocalOptimizer
 from urna.privacy.fixed_point import Grid
+from urna.privacy.release import engine_clip
 from urna.protocol.errors import PlanError
 from urna.protocol.messages import Member
 from urna.protocol.plan import Plan
@@ -90,7 +93,7 @@ def test_changes_that_a_narrow_ring_cannot_hold_go_to_a_wider_one_or_are_an_erro
         (wide, 1e12),
         (plan_of(40, "local", ring_bits, local_learning_rate=1e-300), MULTIPLIER),
     ):
-        with pytest.raises(PlanError, match="expected changes of heads that a ring can hold, found up to"):
+        with pytest.raises(PlanError, match="expected changes that a ring can hold, found up to"):
             train_grid(plan, cohort, 650, multiplier)
 
 
@@ -109,3 +112,38 @@ def test_a_noise_or_clip_at_either_end_is_never_another_error() -> None:
                     except PlanError:
                         found["plan"] += 1
     assert min(found.values()) >= 20
+
+
+def test_a_model_of_a_hundred_million_numbers_has_a_grid_and_rounding_takes_little_of_its_clip() -> None:
+    """Forty sites, 2,400 records in a sum: what is left for a single number is more than any share of the noise in it."""
+    for size in (650, 200_000, 22_000_000, 110_000_000):
+        for ring_bits in (16, 24, 32):
+            plan = plan_of(40, "shared", ring_bits, tuning="full")
+            grid = train_grid(plan, cohort_of(40), size, MULTIPLIER)
+            assert 1 - engine_clip(1.0, size, grid) < 0.13, (size, ring_bits)
+            assert grid.ring_bits >= ring_bits
+            noise = noise_of(plan, 40, MULTIPLIER)
+            assert (plan.expected_batch / 8 + 12 * noise) / grid.step + 40 < grid.ring.half, (size, ring_bits)
+
+
+def test_a_model_that_no_ring_holds_is_an_error_of_the_plan() -> None:
+    with pytest.raises(PlanError, match="expected a ring of 32 bits to hold training of 40 sites"):
+        train_grid(plan_of(40, "shared", 32, tuning="full"), cohort_of(40), 10**12, MULTIPLIER)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+def test_no_local_optimiser_moves_a_number_beyond_its_ring(optimizer: str) -> None:
+    """Gradients of the worst kind: clipped ones of one direction, then twelve standard deviations of noise in every step."""
+    decay = 0.5 if optimizer == "adamw" else 0.0
+    plan = plan_of(5, "local", 32, local_optimizer=optimizer, local_weight_decay=decay, local_steps=50)
+    final, clip = plan.final, plan.final.max_grad_norm
+    batch = final.sample_rate * RECORDS * (1 - plan.evaluation.holdout_fraction)
+    steady = np.full((50, 1), -(clip + 12 * MULTIPLIER * clip / batch))
+    sparse = np.zeros((50, 1))
+    sparse[49] = steady[0]
+    reach = train_grid(plan, cohort_of(5), 1, MULTIPLIER)
+    for gradients in (steady, sparse, steady * (-1.0) ** np.arange(50)[:, None]):
+        taken = LocalOptimizer(np.zeros(1), final)
+        for gradient in gradients:
+            taken.step(gradient, 1.0)
+        assert abs(taken.vector[0]) / reach.step < reach.bound
