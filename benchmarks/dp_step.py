@@ -7,8 +7,8 @@
     opacus_hooks, opacus_ghost   the same ratios of Opacus 1.6, without its noise; null with a reason where it cannot serve the
                     model, although it gets Urna's repairs (frozen statistics, position ids by example)
 
-Each model, mode and method in a process of its own, one thread, CPU time (wall time on CUDA), medians. The methods of a case
-run one right after the other, several times in turn, so that a busy machine touches all of them.
+Each model, mode and method in a process of its own, one thread, CPU time (wall time on CUDA), medians of steps. The methods of a
+case run one right after the other.
 
 Head: features of the frozen backbone are computed in both steps, as without a cache; `cached_time_ratio` is of the head alone.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MODELS, MODES, METHODS = ("bert", "vit", "resnet", "lstm"), ("full", "lora", "head"), ("plain", "urna", "hooks", "ghost")
 BATCH, NUM_CLASSES, RANK, CLIP, LEARNING_RATE = 16, 10, 8, 1.0, 1e-3
-NUM_STEPS, NUM_TURNS = 6, 2
+NUM_STEPS, NUM_TURNS = 6, 1
 LOGICAL_BATCH = 256
 SECONDS_LIMIT = 900
 CEILINGS = {  # (model, mode) -> largest time ratio that was asked for

@@ -107,7 +107,7 @@ def requested_key(request: str) -> ec.EllipticCurvePublicKey:
         parsed = x509.load_pem_x509_csr(request.encode())
         valid = parsed.is_signature_valid
         key = parsed.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise ValueError(f"expected a certificate request in PEM, found something else ({type(error).__name__})") from None
     if not valid:
         raise ValueError("expected a certificate request that is signed by its own key, found another signature")
