@@ -7,8 +7,8 @@
     opacus_hooks, opacus_ghost   the same ratios of Opacus 1.6, without its noise; null with a reason where it cannot serve the
                     model, although it gets Urna's repairs (frozen statistics, position ids by example)
 
-Each model, mode and method in a process of its own, one thread, CPU time (wall time on CUDA), medians of steps. The methods of a
-case run one right after the other.
+Each model, mode and method in a process of its own, one thread, CPU time (wall time on CUDA), medians of steps. The methods of
+a case run one right after the other.
 
 Head: features of the frozen backbone are computed in both steps, as without a cache; `cached_time_ratio` is of the head alone.
 """
