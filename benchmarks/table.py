@@ -132,7 +132,8 @@ def _dp_accuracy(record: Record) -> list[str]:
     data = record["data"]
     what = f"MiniLM on {data['records']} docstrings of the standard library, {len(data['classes'])} modules, accuracy in %"
     return [
-        f"{what}: head {shown('head')} (epsilon); LoRA {shown('lora')}.",
+        f"{what}: head {shown('head')} (epsilon, {len(record['seed'])} splits);",
+        f"LoRA {shown('lora')}, {100 * record['lora_minus_head']:+.1f} against the head on the same split.",
         f"Learning rates and rounds were chosen on other splits of the same docstrings ({_where(record)}).",
     ]
 
