@@ -75,7 +75,7 @@ class GreyAdapter:
         """All alike: zeros, int64 (n,)."""
         return np.zeros(len(inputs), np.int64)
 
-    def batch(self, inputs: Inputs, length: int | None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def batch(self, inputs: Inputs, length: int | None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002 - for texts
         """(n, H, H) in [0, 1] -> ``images``, float32 (n, 1, 8, 8)."""
         if not isinstance(inputs, np.ndarray):
             raise ModelError(f"expected images, found {type(inputs).__name__}: ask for models of this modality")
@@ -92,7 +92,7 @@ class NoAdapter:
         """All alike: zeros, int64 (n,)."""
         return np.zeros(len(inputs), np.int64)
 
-    def batch(self, inputs: Inputs, length: int | None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def batch(self, inputs: Inputs, length: int | None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002 - for texts
         """Refuse."""
         raise ModelError(f"no records of {self.modality} are read yet, found {len(inputs)}: choose a model of texts or images")
 

@@ -34,7 +34,7 @@ class PictureAdapter:
         """All alike: zeros, int64 (n,)."""
         return np.zeros(len(inputs), np.int64)
 
-    def batch(self, inputs: "Inputs", length: int | None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002
+    def batch(self, inputs: "Inputs", length: int | None = None) -> dict[str, torch.Tensor]:  # noqa: ARG002 - for texts
         """Resize and centre.
 
         Args:

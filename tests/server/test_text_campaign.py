@@ -121,7 +121,7 @@ def test_a_campaign_on_texts_runs_to_its_end_within_its_budget(federation: Feder
     model = next(entry for entry in entries(federation.run_dir) if entry.key == "model")
     size = trained_size_of(report.winner, 2, final.tuning, final.lora_rank)
     assert model.arrays["vector"].shape == (size,)
-    assert (model.arrays["vector"] != 0).mean() > 0.999
+    assert (model.arrays["vector"] == 0).sum() <= 3  # noise may come to 0 by chance
 
 
 def test_the_folder_labels_texts_and_stands_alone(

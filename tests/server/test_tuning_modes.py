@@ -83,7 +83,7 @@ def test_a_campaign_runs_to_its_end_within_its_budget(federation: Federation) ->
 
 def test_every_trained_tensor_was_moved(federation: Federation) -> None:
     """Noise reaches each number, so none that a sum forgets stays at its start."""
-    assert (trained_vector(federation) != 0).mean() > 0.999
+    assert (trained_vector(federation) == 0).sum() <= 3  # noise may come to 0 by chance
 
 
 def test_the_model_folder_predicts_as_the_sites_counted(federation: Federation) -> None:
