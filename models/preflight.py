@@ -10,7 +10,7 @@ Covered:
     parameters that an engine leaves out, counts twice, or returns in another order than the flat vector;
     clipping by layer, after the sum, or not at all; weights of examples that are not used;
     weights, buffers or gradients that an engine writes to;
-    for a head: an empty batch, which Poisson sampling does draw (`engines.clipped_sum_in_parts` never runs one).
+    for a head: an empty batch, which Poisson sampling does draw (`parts.MicroBatches` never runs one).
 
 Not covered:
     a fault that shows only on other inputs or at another size than those checked;

@@ -9,8 +9,9 @@ and e = d but for a GRU's new gate, where e = r * d (r is the reset gate). The r
 backward: everything that does not depend on the step before is computed for all steps at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,199 +108,185 @@ class RecurrentTwin(nn.RNNBase):
         sink: Sink | None = None
         if self.watch is not None:
             gates, sink = self.watch.before(one, layer, gates), self.watch.after(one)
-        loop: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _RECURRENCES[self.mode].apply
-        out, last_cell = loop(gates, one.weight_hh, one.bias_hh, state, cell, sink)
+        loop: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _Recurrence.apply
+        out, last_cell = loop(_KINDS[self.mode], sink, gates, one.weight_hh, one.bias_hh, state, cell)
         return out, (out[-1], last_cell)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What a loop starts from: gates (T, n, g h) of the inputs, weight (g h, h), bias (g h,), state and cell (n, h)."""
+
+    gates: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    state: torch.Tensor
+    cell: torch.Tensor
+
+    def with_bias(self) -> torch.Tensor:
+        """A copy of the gates, to be written over."""
+        return self.gates.clone() if self.bias is None else self.gates + self.bias
+
+    def states(self) -> torch.Tensor:
+        """Room for the states before and after each step, (T + 1, n, h)."""
+        before = self.gates.new_empty(len(self.gates) + 1, *self.state.shape)
+        before[0] = self.state
+        return before
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of recurrence.
+
+    Args:
+        run: Gives the states (T + 1, n, h), the last cell, and what `back` needs beside them.
+        back: Of the states, the weight, that, and the gradients of outputs and last cell: d, e, and the gradients of the first
+            state and cell.
+    """
+
+    run: Callable[[_Given], tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]
+    back: Callable[
+        [torch.Tensor, torch.Tensor, Sequence[torch.Tensor], torch.Tensor, torch.Tensor],
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    ]
+
+
 class _Recurrence(torch.autograd.Function):
-    """The loop over steps: (gates, weight_hh, bias_hh, state, cell, sink) -> (out (T, n, h), last cell (n, h))."""
+    """The loop over steps: (kind, sink, gates, weight_hh, bias_hh, state, cell) -> (out (T, n, h), last cell (n, h))."""
 
     @staticmethod
-    def _finish(ctx: Any, e: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Show e to who watches; the gradients of weight_hh and bias_hh where they are asked for."""
+    def forward(ctx: Any, kind: _Kind, sink: Sink | None, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        start = _Given(*given)
+        before, cell, rest = kind.run(start)
+        ctx.save_for_backward(before, start.weight, *rest)
+        ctx.kind, ctx.sink = kind, sink
+        return before[1:].clone(), cell.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor, grad_cell: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        before, weight, *rest = ctx.saved_tensors
+        d, e, state, cell = ctx.kind.back(before, weight, rest, grad_out, grad_cell)
         if ctx.sink is not None:
-            ctx.sink(e, before)
+            ctx.sink(e, before[:-1])
+        _, _, _, asks_weight, asks_bias, _, _ = ctx.needs_input_grad
         flat = e.flatten(0, 1)  # (T n, gates)
-        weight = flat.T @ before.flatten(0, 1) if ctx.needs_input_grad[1] else None
-        return weight, flat.sum(0) if ctx.needs_input_grad[2] else None
+        grad_weight = flat.T @ before[:-1].flatten(0, 1) if asks_weight else None
+        return None, None, d, grad_weight, flat.sum(0) if asks_bias else None, state, cell
 
 
-def _gates(tensor: torch.Tensor, count: int) -> torch.Tensor:
+def _parts(tensor: torch.Tensor, count: int) -> torch.Tensor:
     """(T, n, count h) -> (T, n, count, h), the same memory."""
     return tensor.view(*tensor.shape[:2], count, -1)
 
 
-class _LSTM(_Recurrence):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gates: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        state: torch.Tensor,
-        cell: torch.Tensor,
-        sink: Sink | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        steps, n, size = len(gates), len(state), state.shape[1]
-        active = gates.clone() if bias is None else gates + bias  # (T, n, 4h): input, forget, new, output
-        before, cells = gates.new_empty(steps + 1, n, size), gates.new_empty(steps + 1, n, size)
-        bent = gates.new_empty(steps, n, size)  # tanh of the cells
-        before[0], cells[0] = state, cell
-        turned = weight.T.contiguous()
-        for t in range(steps):
-            now = active[t].addmm_(before[t], turned)
-            now[:, : 2 * size].sigmoid_()
-            now[:, 2 * size : 3 * size].tanh_()
-            now[:, 3 * size :].sigmoid_()
-            torch.mul(now[:, size : 2 * size], cells[t], out=cells[t + 1])
-            cells[t + 1].addcmul_(now[:, :size], now[:, 2 * size : 3 * size])
-            torch.tanh(cells[t + 1], out=bent[t])
-            torch.mul(now[:, 3 * size :], bent[t], out=before[t + 1])
-        ctx.save_for_backward(active, before, cells, bent, weight)
-        ctx.sink = sink
-        return before[1:].clone(), cells[steps].clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_cell: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        active, before, cells, bent, weight = ctx.saved_tensors
-        i, f, g, o = _gates(active, 4).unbind(2)  # (T, n, h) each
-        slopes = torch.stack([g * i * (1 - i), cells[:-1] * f * (1 - f), i * (1 - g * g)], dim=2)  # (T, n, 3, h), of the cell
-        output_slope, cell_slope = bent * o * (1 - o), o * (1 - bent * bent)  # of the state
-        e = torch.empty_like(active)
-        cell_part, output_part = _gates(e, 4)[:, :, :3], e[:, :, -o.shape[2] :]
-        state, cell = torch.zeros_like(grad_out[0]), grad_cell.clone()
-        for t in range(len(active) - 1, -1, -1):
-            state += grad_out[t]
-            cell.addcmul_(state, cell_slope[t])
-            torch.mul(cell[:, None], slopes[t], out=cell_part[t])
-            torch.mul(state, output_slope[t], out=output_part[t])
-            cell.mul_(f[t])
-            torch.mm(e[t], weight, out=state)
-        return e, *_Recurrence._finish(ctx, e, before[:-1]), state, cell, None
+def _run_lstm(given: _Given) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    active, before, size = given.with_bias(), given.states(), given.state.shape[1]  # input, forget, new, output
+    cells = torch.empty_like(before)
+    bent = torch.empty_like(before[1:])  # tanh of the cells
+    cells[0] = given.cell
+    turned = given.weight.T.contiguous()
+    for t in range(len(active)):
+        now = active[t].addmm_(before[t], turned)
+        now[:, : 2 * size].sigmoid_()
+        now[:, 2 * size : 3 * size].tanh_()
+        now[:, 3 * size :].sigmoid_()
+        torch.mul(now[:, size : 2 * size], cells[t], out=cells[t + 1])
+        cells[t + 1].addcmul_(now[:, :size], now[:, 2 * size : 3 * size])
+        torch.tanh(cells[t + 1], out=bent[t])
+        torch.mul(now[:, 3 * size :], bent[t], out=before[t + 1])
+    return before, cells[-1], (active, cells, bent)
 
 
-class _GRU(_Recurrence):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gates: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        state: torch.Tensor,
-        cell: torch.Tensor,
-        sink: Sink | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        steps, n, size = len(gates), len(state), state.shape[1]
-        active = gates.clone()  # (T, n, 3h): reset, update, new
-        hidden = gates.new_empty(steps, n, size)  # what the states contribute to the new gate
-        before = gates.new_empty(steps + 1, n, size)
-        before[0] = state
-        turned, offset = weight.T.contiguous(), gates.new_zeros(3 * size) if bias is None else bias
-        for t in range(steps):
-            now, product = active[t], torch.addmm(offset, before[t], turned)
-            now[:, : 2 * size].add_(product[:, : 2 * size]).sigmoid_()
-            hidden[t] = product[:, 2 * size :]
-            new = now[:, 2 * size :].addcmul_(now[:, :size], hidden[t]).tanh_()
-            torch.lerp(new, before[t], now[:, size : 2 * size], out=before[t + 1])
-        ctx.save_for_backward(active, before, hidden, weight)
-        ctx.sink = sink
-        return before[1:].clone(), cell.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_cell: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        active, before, hidden, weight = ctx.saved_tensors
-        r, z, n = _gates(active, 3).unbind(2)  # (T, n, h) each
-        new = (1 - z) * (1 - n * n)
-        slopes = torch.stack([new * hidden * r * (1 - r), (before[:-1] - n) * z * (1 - z), new * r], dim=2)  # of the state
-        e = torch.empty_like(active)
-        parts = _gates(e, 3)
-        state = torch.zeros_like(grad_out[0])
-        states = torch.empty_like(grad_out)
-        for t in range(len(active) - 1, -1, -1):
-            torch.add(state, grad_out[t], out=states[t])
-            torch.mul(states[t][:, None], slopes[t], out=parts[t])
-            torch.addmm(states[t] * z[t], e[t], weight, out=state)
-        d = torch.cat([e[:, :, : 2 * n.shape[2]], states * new], dim=2)
-        return d, *_Recurrence._finish(ctx, e, before[:-1]), state, grad_cell, None
+def _back_lstm(
+    before: torch.Tensor, weight: torch.Tensor, rest: Sequence[torch.Tensor], grad_out: torch.Tensor, grad_cell: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    active, cells, bent = rest
+    i, f, g, o = _parts(active, 4).unbind(2)  # (T, n, h) each
+    slopes = torch.stack([g * i * (1 - i), cells[:-1] * f * (1 - f), i * (1 - g * g)], dim=2)  # (T, n, 3, h), of the cell
+    output_slope, cell_slope = bent * o * (1 - o), o * (1 - bent * bent)  # of the state
+    e = torch.empty_like(active)
+    cell_part, output_part = _parts(e, 4)[:, :, :3], e[:, :, -o.shape[2] :]
+    state, cell = torch.zeros_like(before[0]), grad_cell.clone()
+    for t in range(len(active) - 1, -1, -1):
+        state += grad_out[t]
+        cell.addcmul_(state, cell_slope[t])
+        torch.mul(cell[:, None], slopes[t], out=cell_part[t])
+        torch.mul(state, output_slope[t], out=output_part[t])
+        cell.mul_(f[t])
+        torch.mm(e[t], weight, out=state)
+    return e, e, state, cell
 
 
-class _Elman(_Recurrence):
-    """h_t = bend(gates_t + weight_hh h_(t-1)): what the two plain recurrences share."""
-
-    @staticmethod
-    def _loop(
-        ctx: Any,
-        gates: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        state: torch.Tensor,
-        cell: torch.Tensor,
-        sink: Sink | None,
-        bend: Callable[[torch.Tensor], torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        before = torch.cat([state[None], gates if bias is None else gates + bias])  # (T + 1, n, h)
-        turned = weight.T.contiguous()
-        for t in range(len(gates)):
-            bend(before[t + 1].addmm_(before[t], turned))
-        ctx.save_for_backward(before, weight)
-        ctx.sink = sink
-        return before[1:].clone(), cell.clone()
-
-    @staticmethod
-    def _back(
-        ctx: Any, grad_out: torch.Tensor, grad_cell: torch.Tensor, slope: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[torch.Tensor | None, ...]:
-        before, weight = ctx.saved_tensors
-        slopes = slope(before[1:])
-        e, state = torch.empty_like(slopes), torch.zeros_like(grad_out[0])
-        for t in range(len(slopes) - 1, -1, -1):
-            torch.mul(state + grad_out[t], slopes[t], out=e[t])
-            torch.mm(e[t], weight, out=state)
-        return e, *_Recurrence._finish(ctx, e, before[:-1]), state, grad_cell, None
+def _run_gru(given: _Given) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    active, before, size = given.gates.clone(), given.states(), given.state.shape[1]  # reset, update, new
+    hidden = torch.empty_like(before[1:])  # what the states contribute to the new gate
+    turned = given.weight.T.contiguous()
+    offset = given.gates.new_zeros(3 * size) if given.bias is None else given.bias
+    for t in range(len(active)):
+        now, product = active[t], torch.addmm(offset, before[t], turned)
+        now[:, : 2 * size].add_(product[:, : 2 * size]).sigmoid_()
+        hidden[t] = product[:, 2 * size :]
+        new = now[:, 2 * size :].addcmul_(now[:, :size], hidden[t]).tanh_()
+        torch.lerp(new, before[t], now[:, size : 2 * size], out=before[t + 1])
+    return before, given.cell, (active, hidden)
 
 
-class _Tanh(_Elman):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gates: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        state: torch.Tensor,
-        cell: torch.Tensor,
-        sink: Sink | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _Elman._loop(ctx, gates, weight, bias, state, cell, sink, torch.Tensor.tanh_)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_cell: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _Elman._back(ctx, grad_out, grad_cell, lambda state: 1 - state * state)
+def _back_gru(
+    before: torch.Tensor, weight: torch.Tensor, rest: Sequence[torch.Tensor], grad_out: torch.Tensor, grad_cell: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    active, hidden = rest
+    r, z, n = _parts(active, 3).unbind(2)  # (T, n, h) each
+    new = (1 - z) * (1 - n * n)
+    slopes = torch.stack([new * hidden * r * (1 - r), (before[:-1] - n) * z * (1 - z), new * r], dim=2)  # of the state
+    e, states = torch.empty_like(active), torch.empty_like(grad_out)
+    parts, state = _parts(e, 3), torch.zeros_like(before[0])
+    for t in range(len(active) - 1, -1, -1):
+        torch.add(state, grad_out[t], out=states[t])
+        torch.mul(states[t][:, None], slopes[t], out=parts[t])
+        torch.addmm(states[t] * z[t], e[t], weight, out=state)
+    d = torch.cat([e[:, :, : 2 * n.shape[2]], states * new], dim=2)
+    return d, e, state, grad_cell
 
 
-class _ReLU(_Elman):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gates: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        state: torch.Tensor,
-        cell: torch.Tensor,
-        sink: Sink | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _Elman._loop(ctx, gates, weight, bias, state, cell, sink, torch.Tensor.relu_)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_cell: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _Elman._back(ctx, grad_out, grad_cell, lambda state: (state > 0).to(state.dtype))
+def _run_plain(
+    given: _Given, bend: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """h_t = bend(gates_t + weight_hh h_(t-1))."""
+    before = torch.cat([given.state[None], given.with_bias()])
+    turned = given.weight.T.contiguous()
+    for t in range(len(given.gates)):
+        bend(before[t + 1].addmm_(before[t], turned))
+    return before, given.cell, ()
 
 
-_RECURRENCES: dict[str, type[_Recurrence]] = {"LSTM": _LSTM, "GRU": _GRU, "RNN_TANH": _Tanh, "RNN_RELU": _ReLU}
+def _back_plain(
+    before: torch.Tensor,
+    weight: torch.Tensor,
+    rest: Sequence[torch.Tensor],
+    grad_out: torch.Tensor,
+    grad_cell: torch.Tensor,
+    slope: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert not rest
+    slopes, state = slope(before[1:]), torch.zeros_like(before[0])
+    e = torch.empty_like(slopes)
+    for t in range(len(slopes) - 1, -1, -1):
+        torch.mul(state + grad_out[t], slopes[t], out=e[t])
+        torch.mm(e[t], weight, out=state)
+    return e, e, state, grad_cell
+
+
+_KINDS = {
+    "LSTM": _Kind(_run_lstm, _back_lstm),
+    "GRU": _Kind(_run_gru, _back_gru),
+    "RNN_TANH": _Kind(
+        partial(_run_plain, bend=torch.Tensor.tanh_), partial(_back_plain, slope=lambda state: 1 - state * state)
+    ),
+    "RNN_RELU": _Kind(
+        partial(_run_plain, bend=torch.Tensor.relu_), partial(_back_plain, slope=lambda state: (state > 0).to(state.dtype))
+    ),
+}
 
 
 def recurrent_twin(module: nn.RNNBase) -> RecurrentTwin:
